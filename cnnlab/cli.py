@@ -1,0 +1,362 @@
+"""The command line: `cnnlab table | train | eval | list | describe`.
+
+Nothing heavy is imported until a command runs, so `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+LISTS = ("models", "data", "augment", "tasks", "configs", "experiments", "runs")
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code.
+
+    0: done. 2: a mistake that the message explains. 130: interrupted (the same command goes on).
+    1: anything else, with its traceback if `--traceback` is given.
+    """
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    try:
+        if getattr(options, "data_dir", None):
+            os.environ["CNNLAB_DATA"] = options.data_dir
+        changes = _changes(rest, options)
+        if not hasattr(options, "command"):
+            parser.print_help()
+            return USER_ERROR
+        return int(options.command(options, changes))
+    except KeyboardInterrupt:
+        return _complain(
+            "interrupted; the same command goes on from the last checkpoint", INTERRUPTED
+        )
+    except BrokenPipeError:  # the reader of our output has gone, as in `cnnlab list models | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if getattr(options, "traceback", False):
+            raise
+        return _explain(error)
+
+
+def _explain(error: Exception) -> int:
+    from cnnlab.types import CnnlabError
+
+    if isinstance(error, CnnlabError):
+        return _complain(str(error), USER_ERROR)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return _complain(
+            f"no disk space left to write {error.filename or 'a file'}; all finished runs and "
+            "checkpoints are intact: free some space and give the same command again",
+            USER_ERROR,
+        )
+    if isinstance(error, OSError) and error.errno is not None:
+        return _complain(f"{error.filename or 'file'}: {error.strerror}", USER_ERROR)
+    return _complain(
+        f"unexpected {type(error).__name__}: {error}\n(--traceback shows where; please report it)",
+        1,
+    )
+
+
+def _complain(message: str, code: int) -> int:
+    print(f"cnnlab: {message}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    # Options that every command takes, before or after its own.
+    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    common.add_argument("--traceback", action="store_true", help="show where an error came from")
+    common.add_argument(
+        "--data-dir", metavar="DIR", help="where data sets lie (or set CNNLAB_DATA)"
+    )
+    common.add_argument(
+        "--runs", metavar="DIR", default=Path("runs"), type=Path, help="runs' folders"
+    )
+
+    parser = argparse.ArgumentParser(
+        prog="cnnlab",
+        description="From one experiment file to a paper-style table.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+
+    def add(name: str, command: Callable[..., int], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name, help=text, description=text, parents=[common], allow_abbrev=False
+        )
+        sub.set_defaults(command=command)
+        return sub
+
+    table = add("table", _table, "train what is missing of an experiment and write its table")
+    table.add_argument("file", type=Path, help="a file of experiments/")
+    table.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="only these rows")
+    table.add_argument("--seeds", nargs="+", default=[], metavar="SEED", help="only these seeds")
+    table.add_argument("--results", type=Path, default=Path("results"), metavar="DIR")
+    table.add_argument("--dry-run", action="store_true", help="say what would run, and how long")
+    table.add_argument(
+        "--render", action="store_true", help="train nothing: rebuild the table from --results"
+    )
+
+    train = add("train", _train, "train one run of a config file")
+    train.add_argument("--config", type=Path, required=True, metavar="FILE[:ARG]")
+    train.add_argument("--folder", type=Path, metavar="DIR", help="instead of one under --runs")
+    train.epilog = "Any setting: --config.SECTION.KEY=VALUE, as in --config.optim.learning_rate=0.3"
+
+    evaluate = add("eval", _eval, "score a trained run again")
+    evaluate.add_argument("run", type=Path, help="a run's folder, or its name under --runs")
+    evaluate.add_argument("--split", choices=("test", "train", "validation"), default="test")
+    evaluate.add_argument("--json", action="store_true", help="all scores as JSON")
+
+    lists = add("list", _list, "list what there is")
+    lists.add_argument("what", choices=LISTS)
+
+    describe = add("describe", _describe, "layers, output sizes and parameters of a model")
+    describe.add_argument("model")
+    describe.add_argument("--input", default="28x28x1", metavar="HxWxC", help="default 28x28x1")
+    describe.add_argument("--classes", type=int, default=10, help="default 10")
+    describe.add_argument("--json", action="store_true")
+    describe.epilog = "Fields of the model: --model.FIELD=VALUE, as in --model.width=8"
+    return parser
+
+
+def _changes(rest: Sequence[str], options: argparse.Namespace) -> dict[str, str]:
+    """Reads `--config.a.b=c` and `--config.a.b c` (`--model.a` for `describe`)."""
+    from cnnlab.types import CnnlabError
+
+    prefixes: dict[Any, str] = {_train: "--config.", _describe: "--model."}
+    prefix = prefixes.get(getattr(options, "command", None))
+    changes: dict[str, str] = {}
+    waiting = list(rest)
+    while waiting:
+        word = waiting.pop(0)
+        if prefix is None or not word.startswith(prefix):
+            hint = ""
+            if prefix:
+                hint = f"; settings are given as {prefix}KEY=VALUE"
+            raise CnnlabError(f"unknown argument {word!r}{hint}. See cnnlab --help")
+        key, equals, value = word.removeprefix(prefix).partition("=")
+        if not equals:
+            if not waiting or waiting[0].startswith("--"):
+                raise CnnlabError(f"{word}: expected a value, as in {word}=VALUE")
+            value = waiting.pop(0)
+        if key in changes:
+            raise CnnlabError(f"{prefix}{key} is given twice")
+        changes[key] = value
+    return changes
+
+
+def _start_jax() -> None:
+    """Turns on the compilation cache, so that a second process starts in seconds."""
+    import jax
+
+    cache = os.environ.get("CNNLAB_CACHE") or str(Path.home() / ".cache" / "cnnlab" / "xla")
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+class _Stop:
+    """Turns the first SIGINT or SIGTERM into a flag; a second one leaves at once."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self.signal = 0
+
+    def __enter__(self) -> _Stop:
+        self._before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+        for number in self._before:
+            signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def __call__(self) -> bool:
+        return bool(self.signal)
+
+    def _handle(self, number: int, _frame: Any) -> None:
+        if self.signal:
+            os._exit(128 + number)
+        self.signal = number
+        self._console.print(
+            "stopping after this step, with a checkpoint; once more to leave at once"
+        )
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+def _numbers(words: Sequence[str]) -> list[int]:
+    """Reads `0 1 2`, `0,1,2` and `0-4`."""
+    from cnnlab.types import CnnlabError
+
+    found: list[int] = []
+    for part in ",".join(words).split(","):
+        first, dash, last = part.partition("-")
+        try:
+            found += range(int(first), int(last if dash else first) + 1) if part else []
+        except ValueError:
+            raise CnnlabError(
+                f"--seeds: expected numbers such as 0 1 2 or 0-4, got {part!r}"
+            ) from None
+    return found
+
+
+def _table(options: argparse.Namespace, changes: dict[str, str]) -> int:
+    _start_jax()
+    from cnnlab.sweep import executor, experiment, results
+    from cnnlab.sweep.progress import LiveProgress
+    from cnnlab.training import loop
+    from cnnlab.training.step import Programs
+
+    console = _console()
+    loaded = experiment.load(options.file)
+    chosen = experiment.select(loaded, options.rows, _numbers(options.seeds))
+    folder = options.results / loaded.name
+    if options.render:
+        records = results.read(loaded, folder)
+    else:
+        programs = Programs()
+        if options.dry_run:
+            results.print_plan(console, executor.plan(chosen, options.runs, programs))
+            return 0
+        try:
+            with _Stop(console) as stop, LiveProgress(console, chosen, options.runs) as progress:
+                executor.execute(
+                    chosen, options.runs, programs=programs, progress=progress, should_stop=stop
+                )
+        except loop.Interrupted:
+            return _complain(
+                "interrupted; the same command goes on where it was", 128 + stop.signal
+            )
+        found = (executor.finished(run, options.runs) for run in loaded.runs)
+        records = [record for record in found if record is not None]
+    written = results.write(loaded, records, folder)
+    results.show(console, loaded, records)
+    for path in written:
+        console.print(f"wrote {path}", soft_wrap=True)
+    return 0
+
+
+def _train(options: argparse.Namespace, changes: dict[str, str]) -> int:
+    _start_jax()
+    from cnnlab import config as config_lib
+    from cnnlab.sweep import experiment, results
+    from cnnlab.sweep.progress import LiveProgress
+    from cnnlab.training import loop, run
+    from cnnlab.training.step import Programs
+
+    console = _console()
+    name, _, argument = str(options.config).partition(":")
+    config = experiment.load_config(Path(name), argument)
+    config = config_lib.override(config, changes, "command line")
+    config = config_lib.resolve(config, name)
+    this = experiment.Run(Path(name).stem, config.seed, config, config_lib.identity(config))
+    folder = options.folder or options.runs / this.folder
+    try:
+        with _Stop(console) as stop, LiveProgress(console, [this], folder.parent) as progress:
+            record = run.train(
+                config,
+                folder,
+                row=this.row,
+                programs=Programs(),
+                callbacks=progress.begin(this),
+                should_stop=stop,
+            )
+    except loop.Interrupted:
+        return _complain("interrupted; the same command goes on where it was", 128 + stop.signal)
+    results.show_scores(console, record, folder)
+    return 0
+
+
+def _eval(options: argparse.Namespace, changes: dict[str, str]) -> int:
+    _start_jax()
+    import json
+
+    import numpy as np
+
+    from cnnlab.sweep import results
+    from cnnlab.training import run
+    from cnnlab.training.step import Programs
+    from cnnlab.types import CnnlabError
+
+    folder = options.run if options.run.is_dir() else options.runs / options.run
+    if not folder.is_dir():
+        raise CnnlabError(f"no run {str(options.run)!r}; `cnnlab list runs` shows all")
+    config, program, state = run.restore(folder, Programs())
+    split = run.load_split(config, "test" if options.split == "test" else "train")
+    stream = run.make_stream(config, run.load_split(config, "train"))
+    positions = {
+        "test": np.arange(len(split), dtype=np.int32),
+        "train": stream.train,
+        "validation": stream.validation,
+    }[options.split]
+    if not len(positions):
+        raise CnnlabError(f"{folder}: data.validation is 0, so there is no validation split")
+    measured, _ = run.score(config, program, state, split, positions)
+    if options.json:
+        print(json.dumps(measured, indent=1, sort_keys=True))
+    else:
+        results.print_scores(_console(), f"{folder.name}, {options.split} split", measured)
+    return 0
+
+
+def _list(options: argparse.Namespace, changes: dict[str, str]) -> int:
+    from cnnlab.sweep import listing
+
+    listing.show(_console(), options.what, options.runs)
+    return 0
+
+
+def _describe(options: argparse.Namespace, changes: dict[str, str]) -> int:
+    _start_jax()
+    import dataclasses
+    import json
+
+    from cnnlab import config as config_lib
+    from cnnlab import describe, models
+    from cnnlab.types import CnnlabError
+
+    try:
+        height, width, channels = (int(part) for part in options.input.split("x"))
+        if min(height, width, channels) < 1:
+            raise ValueError
+    except ValueError:
+        raise CnnlabError(
+            f"--input: expected HxWxC such as 28x28x1, got {options.input!r}"
+        ) from None
+    if options.classes < 1:
+        raise CnnlabError(f"--classes: expected at least 1, got {options.classes}")
+    config = config_lib.base(model=options.model)
+    config = config_lib.override(
+        config, {f"model.{key}": value for key, value in changes.items()}, "command line"
+    )
+    fields = {k: v for k, v in config.model.items() if k != "name"}
+    module = models.create(options.model, num_outputs=options.classes, **fields)
+    summary = describe.describe(module, (height, width, channels))
+    if options.json:
+        print(json.dumps(dataclasses.asdict(summary), indent=1))
+    else:
+        _console().print(describe.render(summary))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,461 @@
+"""Flax Linen modules over `cnnlab.ops`, shared by all model families.
+
+Parameters are float32. `dtype` is the dtype of the computation, `"float32"` or `"bfloat16"`;
+whatever it is, logits are computed and returned in float32. Each layer's `macs` counts the
+multiply-accumulates of one image, which `cnnlab.describe` adds up.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from cnnlab import geometry
+from cnnlab.ops import conv as conv_ops
+from cnnlab.ops import norm as norm_ops
+from cnnlab.ops import pool as pool_ops
+from cnnlab.registry import did_you_mean
+from cnnlab.types import CnnlabError, Outputs
+
+Shape = tuple[int, ...]
+Initializer = Callable[..., jax.Array]
+"""(key, shape, dtype) -> array."""
+
+Padding = int | str | Sequence[tuple[int, int]]
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "relu": jax.nn.relu,
+    "tanh": jnp.tanh,
+    "sigmoid": jax.nn.sigmoid,
+    "gelu": jax.nn.gelu,
+    "silu": jax.nn.silu,
+    "elu": jax.nn.elu,
+    "leaky_relu": jax.nn.leaky_relu,
+    "softplus": jax.nn.softplus,
+    "hard_swish": jax.nn.hard_swish,
+    "identity": lambda x: x,
+}
+
+NORMS = ("batch", "none")
+DTYPES = ("float32", "bfloat16")
+
+_CHUNK = 1 << 16
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _standard_normal(key: jax.Array, chunks: int) -> jax.Array:
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(chunks))
+    return jax.vmap(lambda k: jax.random.normal(k, (_CHUNK,)))(keys).reshape(-1)
+
+
+def _normal(fan: str, gain: float) -> Initializer:
+    """An initialiser that draws kernels from a normal distribution with variance gain / fan.
+
+    XLA's CPU compiler takes about a second for each new shape of random numbers, which is most of
+    a cold start. So numbers are drawn in chunks of one size and cut to shape: outside `jit` (and
+    in `Module.lazy_init`) nearly all kernels of all networks share one compiled draw.
+    """
+
+    def initialize(key: jax.Array, shape: Shape, dtype: Any = jnp.float32) -> jax.Array:
+        count = math.prod(shape)
+        flat = _standard_normal(key, -(-count // _CHUNK))[:count]
+        fans = {"in": count // shape[-1], "out": count // shape[-2]}
+        return (flat * math.sqrt(gain / fans[fan])).reshape(shape).astype(dtype)
+
+    return initialize
+
+
+he_normal = _normal("in", 2.0)
+"""Normal with variance 2 / fan-in (He et al. 2015, equation 10): keeps forward variance."""
+
+he_normal_fan_out = _normal("out", 2.0)
+"""Normal with variance 2 / fan-out (He et al. 2015, equation 14): keeps backward variance."""
+
+lecun_normal = _normal("in", 1.0)
+"""Normal with variance 1 / fan-in (LeCun et al. 1998, "Efficient BackProp", section 4.6)."""
+
+
+def choose(field: str, given: str, known: Sequence[str]) -> str:
+    """`given`, checked.
+
+    Raises:
+        CnnlabError: it is none of `known`; the message names the nearest.
+    """
+    if given not in known:
+        raise CnnlabError(
+            f"unknown {field} {given!r}{did_you_mean(given, known)}. "
+            f"Valid: {', '.join(map(repr, known))}"
+        )
+    return given
+
+
+def activation(name: str) -> Callable[[jax.Array], jax.Array]:
+    """The elementwise function of this name.
+
+    Raises:
+        CnnlabError: there is none; the message names the nearest.
+    """
+    return ACTIVATIONS[choose("activation", name, tuple(ACTIVATIONS))]
+
+
+def compute_dtype(name: str) -> jnp.dtype:
+    """The dtype of the computation: `"float32"` or `"bfloat16"`.
+
+    Raises:
+        CnnlabError: another name.
+    """
+    return jnp.dtype(choose("dtype", name, DTYPES))
+
+
+def check_fields(fields: Mapping[str, object]) -> None:
+    """Checks the fields that mean the same in every family, before anything is traced.
+
+    Raises:
+        CnnlabError: an unknown `activation`, `norm` or `dtype`, or a rate out of [0, 1).
+    """
+    for field, known in (("activation", ACTIVATIONS), ("norm", NORMS), ("dtype", DTYPES)):
+        if field in fields:
+            choose(field, str(fields[field]), tuple(known))
+    for field in ("dropout", "spatial_dropout"):
+        rate = fields.get(field, 0.0)
+        if not isinstance(rate, int | float) or not 0 <= rate < 1:
+            raise CnnlabError(f"{field} must be a rate in [0, 1), got {rate!r}")
+
+
+def _pair(value: int | Sequence[int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+class Conv(nn.Module):
+    """Convolution of [B, H, W, C] images.
+
+    Attributes:
+        features: output channels.
+        kernel_size: height and width, or one number for both.
+        strides: likewise.
+        padding: pixels on every side, ((top, bottom), (left, right)), `"SAME"` or `"VALID"`.
+            `"SAME"` at stride 2 pads less at the top and left than at the bottom and right.
+        dilation: distance of neighbouring taps.
+        groups: channel groups.
+        use_bias: whether a bias is added; needless before a normalisation.
+        dtype: dtype of the computation.
+        kernel_init: He-normal over the fan-out unless given. Ahead of a normalisation the
+            forward variance is taken care of, so the backward one is kept, as ResNets do.
+    """
+
+    features: int
+    kernel_size: int | tuple[int, int]
+    strides: int | tuple[int, int] = 1
+    padding: Padding = 0
+    dilation: int | tuple[int, int] = 1
+    groups: int = 1
+    use_bias: bool = True
+    dtype: str = "float32"
+    kernel_init: Initializer = he_normal_fan_out
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """[B, H, W, C] to [B, H', W', features]."""
+        dtype = compute_dtype(self.dtype)
+        channels = images.shape[-1]
+        if channels % self.groups or self.features % self.groups:
+            raise CnnlabError(
+                f"groups must divide the channels in and out, got groups {self.groups} for "
+                f"{channels} -> {self.features} channels"
+            )
+        taps = _pair(self.kernel_size)
+        shape = (*taps, channels // self.groups, self.features)
+        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
+        padding = self.padding
+        if isinstance(padding, int):
+            padding = ((padding, padding), (padding, padding))
+        y = conv_ops.conv(
+            images.astype(dtype),
+            kernel.astype(dtype),
+            strides=_pair(self.strides),
+            padding=padding,
+            dilation=_pair(self.dilation),
+            groups=self.groups,
+        )
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+            y = y + bias.astype(dtype).reshape(1, 1, 1, -1)
+        return y
+
+    def macs(self, inputs: Shape, outputs: Shape) -> int:
+        """Multiply-accumulates for one image."""
+        taps = _pair(self.kernel_size)
+        return geometry.conv_macs(inputs[-1], self.features, taps, outputs[1:3], groups=self.groups)
+
+
+class Dense(nn.Module):
+    """Affine map of the last axis.
+
+    Attributes:
+        features: outputs.
+        use_bias: whether a bias is added.
+        dtype: dtype of the computation.
+        kernel_init: LeCun-normal unless given, right for logits; hidden layers with a rectifier
+            take `he_normal`.
+    """
+
+    features: int
+    use_bias: bool = True
+    dtype: str = "float32"
+    kernel_init: Initializer = lecun_normal
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., C] to [..., features]."""
+        dtype = compute_dtype(self.dtype)
+        shape = (x.shape[-1], self.features)
+        y = x.astype(dtype) @ self.param("kernel", self.kernel_init, shape, jnp.float32).astype(
+            dtype
+        )
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+            y = y + bias.astype(dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+        return y
+
+    def macs(self, inputs: Shape, outputs: Shape) -> int:
+        """Multiply-accumulates for one example."""
+        del outputs
+        return geometry.dense_macs(inputs[-1], self.features)
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation (Ioffe & Szegedy 2015) over all axes but the last.
+
+    Running statistics live in the collection `batch_stats` under `mean` and `var` (the biased
+    variance), float32, and move by running = momentum * running + (1 - momentum) * batch.
+
+    Attributes:
+        momentum: share of the old running statistics kept at each step (Flax's convention: 0.9
+            here is PyTorch's 0.1).
+        epsilon: added to the variance.
+        zero_scale: start the scale at 0 instead of 1, so that a residual branch that ends in
+            this layer starts as the identity (Goyal et al. 2017, section 5.1).
+    """
+
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+    zero_scale: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """[..., C] to [..., C], by the batch's statistics if `train`, else by the running ones."""
+        shape = (x.shape[-1],)
+        start = nn.initializers.zeros if self.zero_scale else nn.initializers.ones
+        scale = self.param("scale", start, shape, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
+        mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
+        var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
+        if not train:
+            return norm_ops.normalize(x, mean.value, var.value, scale, bias, epsilon=self.epsilon)
+        y, batch_mean, batch_var = norm_ops.batch_norm(x, scale, bias, epsilon=self.epsilon)
+        if not self.is_initializing():
+            keep = self.momentum
+            mean.value = keep * mean.value + (1 - keep) * batch_mean
+            var.value = keep * var.value + (1 - keep) * batch_var
+        return y
+
+    def macs(self, inputs: Shape, outputs: Shape) -> int:
+        """0: published tables count no normalisation."""
+        del inputs, outputs
+        return 0
+
+
+class Pool(nn.Module):
+    """Pooling as a layer, so that it shows in a description; it has no parameters.
+
+    Attributes:
+        kind: `"max"`, `"average"`, or `"global"` for the average over the whole map.
+        window: height and width of the window; not used by `"global"`.
+        strides: step; the window itself if 0.
+        padding: pixels on every side.
+    """
+
+    kind: str
+    window: int = 2
+    strides: int = 0
+    padding: int = 0
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """[B, H, W, C] to [B, H', W', C], or to [B, C] for `"global"`."""
+        kind = choose("pooling", self.kind, ("max", "average", "global"))
+        if kind == "global":
+            return pool_ops.global_avg_pool(images)
+        strides = self.strides or self.window
+        for size in images.shape[1:3]:  # a clear error where the map is smaller than the window
+            geometry.conv_output_size(size, self.window, strides, self.padding)
+        function = pool_ops.max_pool if kind == "max" else pool_ops.avg_pool
+        pads = ((self.padding, self.padding), (self.padding, self.padding))
+        return function(images, _pair(self.window), strides=_pair(strides), padding=pads)
+
+    def macs(self, inputs: Shape, outputs: Shape) -> int:
+        """0: published tables count no pooling."""
+        del inputs, outputs
+        return 0
+
+
+class Dropout(nn.Module):
+    """Sets each number to 0 with probability `rate` and scales the rest by 1 / (1 - rate).
+
+    Draws from the stream `dropout`. After Srivastava et al. 2014.
+
+    Attributes:
+        rate: in [0, 1).
+    """
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """[B, ...] to the same shape; the identity unless `train`."""
+        return self._drop(x, x.shape, train)
+
+    def _drop(self, x: jax.Array, shape: Shape, train: bool) -> jax.Array:
+        if not 0.0 <= self.rate < 1.0:
+            raise CnnlabError(f"a dropout rate must be in [0, 1), got {self.rate}")
+        if not train or self.rate == 0.0:
+            return x
+        keep = jax.random.bernoulli(self.make_rng("dropout"), 1.0 - self.rate, shape)
+        return jnp.where(keep, x / (1.0 - self.rate), jnp.zeros_like(x))
+
+
+class SpatialDropout(Dropout):
+    """Dropout of whole channels of an image (Tompson et al. 2015, section 3.2).
+
+    Neighbouring pixels of a feature map are strongly correlated, so that dropping single ones
+    hardly regularises.
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """[B, H, W, C] to the same shape; the identity unless `train`."""
+        return self._drop(x, (x.shape[0], 1, 1, x.shape[-1]), train)
+
+
+class ConvBlock(nn.Module):
+    """Convolution, normalisation, activation: the brick of most families.
+
+    Attributes:
+        features: output channels.
+        kernel_size: height and width.
+        strides: step.
+        padding: pixels on every side; negative for (F_eff - 1) / 2, which keeps the size at
+            stride 1 and odd kernels.
+        dilation: distance of neighbouring taps.
+        norm: `"batch"` or `"none"`.
+        activation: a name in `ACTIVATIONS`.
+        use_bias: whether the convolution has a bias even where a normalisation follows; without
+            one it always has.
+        zero_scale: see `BatchNorm`.
+        dtype: dtype of the computation.
+    """
+
+    features: int
+    kernel_size: int = 3
+    strides: int = 1
+    padding: int = -1
+    dilation: int = 1
+    norm: str = "batch"
+    activation: str = "relu"
+    use_bias: bool = False
+    zero_scale: bool = False
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+        """[B, H, W, C] to [B, H', W', features]."""
+        norm = choose("norm", self.norm, NORMS)
+        padding = self.padding
+        if padding < 0:
+            padding = (geometry.effective_kernel(self.kernel_size, self.dilation) - 1) // 2
+        for size in images.shape[1:3]:
+            geometry.conv_output_size(size, self.kernel_size, self.strides, padding, self.dilation)
+        x = Conv(
+            self.features,
+            self.kernel_size,
+            self.strides,
+            padding,
+            self.dilation,
+            use_bias=self.use_bias or norm == "none",
+            dtype=self.dtype,
+            name="conv",
+        )(images)
+        if norm == "batch":
+            x = BatchNorm(zero_scale=self.zero_scale, name="norm")(x, train=train)
+        return activation(self.activation)(x)
+
+
+class AuxHead(nn.Module):
+    """Auxiliary classifier on an inner feature map: global average pooling, then logits.
+
+    The heads of GoogLeNet (Szegedy et al. 2015, section 5) pool 5x5 averages and add a 1x1
+    convolution and a hidden layer of 1,024; those of deeply-supervised nets (Lee et al. 2015,
+    section 2) put a classifier straight on each layer. Here the pooling is global, so that one
+    head fits maps of any size, and the hidden layer is a choice.
+
+    Attributes:
+        num_outputs: logits.
+        hidden: width of a hidden layer with ReLU; 0 for none.
+        dtype: dtype of the hidden layer's computation.
+    """
+
+    num_outputs: int
+    hidden: int = 0
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, features: jax.Array) -> jax.Array:
+        """[B, H, W, C] to logits [B, num_outputs], float32."""
+        x = Pool("global", name="pool")(features)
+        if self.hidden:
+            x = Dense(self.hidden, dtype=self.dtype, kernel_init=he_normal, name="hidden")(x)
+            x = jax.nn.relu(x)
+        return Dense(self.num_outputs, name="logits")(x)
+
+
+class WithAuxHeads(nn.Module):
+    """A network with auxiliary heads, which exist in training only.
+
+    Parameters: `{"net": ..., "aux_<feature>": ...}`. At `train=False` the heads are not computed
+    and `apply` works whether their parameters are there or stripped.
+
+    Attributes:
+        net: the network, whose `Outputs.features` the heads read.
+        aux: names of features, one head each, in the order of `Outputs.aux`.
+        num_outputs: logits of each head.
+        hidden: see `AuxHead`.
+        dtype: see `AuxHead`.
+    """
+
+    net: nn.Module
+    aux: tuple[str, ...]
+    num_outputs: int
+    hidden: int = 0
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool) -> Outputs:
+        """[B, H, W, C] to `Outputs`, with one array of logits per head if `train`."""
+        outputs = self.net(images, train=train)
+        for name in self.aux:
+            choose("feature for an auxiliary head", name, tuple(outputs.features))
+        if not train and not self.is_initializing():
+            return outputs
+        logits = tuple(
+            AuxHead(self.num_outputs, self.hidden, self.dtype, name=f"aux_{name}")(
+                outputs.features[name]
+            )
+            for name in self.aux
+        )
+        return outputs.replace(aux=logits if train else ())

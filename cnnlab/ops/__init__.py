@@ -1,0 +1,1 @@
+"""Array functions that are fast on CPU, GPU and TPU."""

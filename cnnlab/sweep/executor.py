@@ -1,0 +1,178 @@
+"""Runs to be done, to runs that are done: one after another, cohorts sharing a compilation."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from cnnlab import config as config_lib
+from cnnlab import record
+from cnnlab.sweep.experiment import Run
+from cnnlab.training import loop, optim
+from cnnlab.training import run as run_lib
+from cnnlab.training.step import Programs
+from cnnlab.types import CnnlabError
+
+
+class Progress(Protocol):
+    """Who watches a sweep; see `cnnlab.sweep.progress`."""
+
+    def begin(self, run: Run) -> loop.Callbacks:
+        """A run starts (or goes on)."""
+
+    def end(self, run: Run, result: dict[str, Any]) -> None:
+        """A run has finished, now or earlier."""
+
+
+def finished(run: Run, runs_folder: Path) -> dict[str, Any] | None:
+    """The record of a run that is done, under this run's row name, or `None`.
+
+    Raises:
+        CnnlabError: the record is damaged, or is another run's.
+    """
+    result = record.read_result(runs_folder / run.folder)
+    if result is None:
+        return None
+    if result["identity"] != run.identity:
+        raise CnnlabError(
+            f"{runs_folder / run.folder}/result.json is of run {result['identity']}, not of "
+            f"{run.identity}; remove the folder"
+        )
+    return result | {"row": run.row}
+
+
+def execute(
+    runs: Sequence[Run],
+    runs_folder: Path,
+    *,
+    programs: Programs,
+    progress: Progress,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> list[dict[str, Any]]:
+    """Brings all runs to their end and returns their records, in the order of `runs`.
+
+    Finished runs are read, not repeated. The others go cohort by cohort: those that share a
+    compiled program stand together. Every cohort's model is checked against the data before
+    anything trains.
+
+    Args:
+        runs: what to do.
+        runs_folder: where the runs' folders lie.
+        programs: the compiled programs, shared.
+        progress: told of begins and ends.
+        should_stop: see `loop.fit`.
+
+    Raises:
+        CnnlabError: something does not fit.
+        loop.Interrupted: `should_stop` said so.
+    """
+    records: dict[str, dict[str, Any]] = {}
+    waiting: dict[str, list[Run]] = {}
+    for run in runs:
+        result = finished(run, runs_folder)
+        if result is None:
+            waiting.setdefault(config_lib.program(run.config), []).append(run)
+        else:
+            records[run.identity] = result
+            progress.end(run, result)
+    for cohort in waiting.values():
+        _check(cohort[0], programs)
+    for cohort in waiting.values():
+        for run in cohort:
+            if run.identity not in records:
+                records[run.identity] = run_lib.train(
+                    run.config,
+                    runs_folder / run.folder,
+                    row=run.row,
+                    programs=programs,
+                    callbacks=progress.begin(run),
+                    should_stop=should_stop,
+                )
+            progress.end(run, records[run.identity])
+    return [records[run.identity] | {"row": run.row} for run in runs]
+
+
+def _check(run: Run, programs: Programs) -> None:
+    """Traces the model over the data's shape: a misfit shows at once and not hours later."""
+    try:
+        split = run_lib.load_split(run.config, "train")
+        run_lib.make_stream(run.config, split)
+        program = programs.get(run.config, split.info, config_lib.program(run.config))
+        example = jax.ShapeDtypeStruct((1, *split.info.image_shape), jnp.float32)
+        rngs = {"params": jax.random.key(0), "dropout": jax.random.key(0)}
+        jax.eval_shape(functools.partial(program.module.init, train=True), rngs, example)
+    except CnnlabError as error:
+        raise CnnlabError(f"row {run.row!r}: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a run would take.
+
+    Attributes:
+        run: the run.
+        done: whether it is finished already.
+        steps: updates.
+        seconds: expected training time, 0 where done.
+        basis: where the expectation comes from: `done`, `another run` or `measured`.
+    """
+
+    run: Run
+    done: bool
+    steps: int
+    seconds: float
+    basis: str
+
+
+def plan(runs: Sequence[Run], runs_folder: Path, programs: Programs) -> list[Plan]:
+    """How long each run should take.
+
+    The speed is that of a finished run of the same program, or else the median of five updates made
+    now (their result is thrown away).
+    """
+    known: dict[str, float] = {}
+    results = {run.identity: finished(run, runs_folder) for run in runs}
+    for run in runs:
+        result = results[run.identity]
+        if result is not None and result["cost"]["images_per_second"] > 0:
+            known.setdefault(config_lib.program(run.config), result["cost"]["images_per_second"])
+    plans = []
+    for run in runs:
+        split = run_lib.load_split(run.config, "train")
+        steps = run_lib.steps_of(run.config, split)
+        key = config_lib.program(run.config)
+        if results[run.identity] is not None:
+            plans.append(Plan(run, True, steps, 0.0, "done"))
+            continue
+        basis = "another run" if key in known else "measured"
+        if key not in known:
+            known[key] = _speed(run, programs)
+        seconds = steps * run.config.train.batch_size / known[key]
+        plans.append(Plan(run, False, steps, seconds, basis))
+    return plans
+
+
+def _speed(run: Run, programs: Programs) -> float:
+    """Images a second, from the median of five updates after one that compiles."""
+    config = run.config
+    split = run_lib.load_split(config, "train")
+    stream = run_lib.make_stream(config, split)
+    program = programs.get(config, split.info, config_lib.program(config))
+    hyper = optim.hyper(config, examples=len(stream.train))
+    state, seconds = program.init(config.seed, hyper), []
+    for step in range(6):
+        start = time.perf_counter()
+        state, _ = program.train_step(
+            state, split.images, split.labels, stream.batch(step), jnp.int32(config.seed), hyper
+        )
+        jax.block_until_ready(state)
+        seconds.append(time.perf_counter() - start)
+    return float(config.train.batch_size / statistics.median(seconds[1:]))

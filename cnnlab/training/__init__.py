@@ -1,0 +1,1 @@
+"""One jitted step and the loop around it."""

@@ -1,0 +1,214 @@
+"""One run from its config to its record: train, score the test split once, write the result."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from cnnlab import config as config_lib
+from cnnlab import describe, encoding, parallel, pipeline, record
+from cnnlab.checkpoint import Checkpoints
+from cnnlab.evaluation import scores
+from cnnlab.training import loop, optim
+from cnnlab.training.step import Program, Programs
+from cnnlab.types import CnnlabError, TrainState
+
+
+def load_split(config: ConfigDict, split: str) -> pipeline.Split:
+    """A split of the config's data set, on the config's devices."""
+    fields = {k: v for k, v in config.data.items() if k not in config_lib.FIELDS["data"]}
+    return pipeline.load(
+        config.data.name, split, parallel.make_mesh(config.parallel.devices), **fields
+    )
+
+
+def make_stream(config: ConfigDict, split: pipeline.Split) -> pipeline.Stream:
+    """The order of a run's examples, its validation examples held out."""
+    return pipeline.Stream.make(
+        seed=config.seed,
+        size=len(split),
+        validation=config.data.validation,
+        batch_size=config.train.batch_size,
+    )
+
+
+def steps_of(config: ConfigDict, split: pipeline.Split) -> int:
+    """How many updates a run makes at most."""
+    return config_lib.parse_duration(config, "train.duration").steps(
+        batch_size=config.train.batch_size, examples=len(make_stream(config, split).train)
+    )
+
+
+def train(
+    config: ConfigDict,
+    path: Path,
+    *,
+    row: str,
+    programs: Programs,
+    callbacks: loop.Callbacks | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
+    """Brings one run to its end, from wherever it was left, and returns its record.
+
+    A finished run is not touched. A run whose loss stops being finite ends there, with the status
+    `diverged`.
+
+    Args:
+        config: a resolved config.
+        path: the run's folder.
+        row: what the run is called in a table.
+        programs: shared by the runs of this process.
+        callbacks: see `loop.Event`.
+        should_stop: see `loop.fit`.
+
+    Raises:
+        CnnlabError: the folder is another run's, or something does not fit.
+        loop.Interrupted: `should_stop` said so; the run goes on at the next call.
+    """
+    with record.RunFolder(path, config) as folder:
+        finished = record.read_result(path)
+        if finished is not None:
+            return finished
+        split = load_split(config, "train")
+        stream = make_stream(config, split)
+        program = programs.get(config, split.info, config_lib.program(config))
+        with _checkpoints(config, folder) as checkpoints:
+            outcome = loop.fit(
+                config,
+                program,
+                split,
+                stream,
+                folder,
+                checkpoints,
+                callbacks=callbacks or {},
+                should_stop=should_stop,
+            )
+            state = outcome.state
+            best_step = outcome.note.best_step
+            if outcome.diverged_step is None and config.train.keep == "best" and best_step:
+                state, _ = checkpoints.restore(state, best_step)
+        result = _result(config, row, program, split, stream, folder, outcome, state)
+        folder.finish(result)
+        return result
+
+
+def restore(path: Path, programs: Programs) -> tuple[ConfigDict, Program, TrainState]:
+    """The config, the functions and the scored state of a run's folder.
+
+    Raises:
+        CnnlabError: it is no run's folder, or has no checkpoint yet.
+    """
+    file = path / "config.json"
+    if not file.exists():
+        raise CnnlabError(f"{path} is no run's folder: it has no config.json")
+    nested = record.read_json(file)
+    config = config_lib.resolve(config_lib.from_plain(nested), str(file))
+    split = load_split(config, "train")
+    program = programs.get(config, split.info, config_lib.program(config))
+    hyper = optim.hyper(config, examples=len(make_stream(config, split).train))
+    with record.RunFolder(path, config) as folder, _checkpoints(config, folder) as checkpoints:
+        if not checkpoints.steps:
+            raise CnnlabError(f"{path} has no checkpoint yet; train the run first")
+        like = program.init(config.seed, hyper)
+        state, note = checkpoints.restore(like, checkpoints.steps[-1])
+        if config.train.keep == "best" and note["best_step"] in checkpoints.steps:
+            state, _ = checkpoints.restore(like, note["best_step"])
+    return config, program, state
+
+
+def score(
+    config: ConfigDict,
+    program: Program,
+    state: TrainState,
+    split: pipeline.Split,
+    positions: np.ndarray,
+) -> tuple[dict[str, Any], np.ndarray]:
+    """All scores over some examples of a split, and their logits [n, K]."""
+    params = loop.scored_parameters(state)
+    logits = scores.predict(
+        lambda taken: program.logits(params, state.batch_stats, split.images, taken),
+        positions,
+        config.eval.batch_size,
+    )
+    labels = split.examples.labels[positions]
+    return scores.classification(logits, labels, bins=config.eval.calibration_bins), logits
+
+
+@functools.lru_cache(maxsize=64)
+def _costs(program_key: str, module: Any, shape: tuple[int, int, int]) -> tuple[int, int]:
+    summary = describe.describe(module, shape)
+    return summary.parameters, summary.macs
+
+
+def _checkpoints(config: ConfigDict, folder: record.RunFolder) -> Checkpoints:
+    return Checkpoints(folder.checkpoints, best="min" if config.train.monitor == "nll" else "max")
+
+
+def _result(
+    config: ConfigDict,
+    row: str,
+    program: Program,
+    split: pipeline.Split,
+    stream: pipeline.Stream,
+    folder: record.RunFolder,
+    outcome: loop.Outcome,
+    state: TrainState,
+) -> dict[str, Any]:
+    """Scores the final state and gathers the record; see `cnnlab.record` for the fields."""
+    info = split.info
+    parameters, macs = _costs(config_lib.program(config), program.module, info.image_shape)
+    steps = outcome.diverged_step or int(outcome.state.step)
+    examples = int(outcome.state.step) * config.train.batch_size
+    result: dict[str, Any] = {
+        "schema": record.SCHEMA,
+        "row": row,
+        "seed": config.seed,
+        "identity": config_lib.identity(config),
+        "config": config_lib.plain(config),
+        "status": "done" if outcome.diverged_step is None else "diverged",
+        "diverged_step": outcome.diverged_step,
+        "scores": {},
+        "class_names": list(info.class_names),
+        "cost": {
+            "parameters": parameters,
+            "macs": macs,
+            "seconds": outcome.note.seconds,
+            "images_per_second": examples / outcome.note.seconds if outcome.note.seconds else 0.0,
+            "steps": steps,
+            "examples": examples,
+        },
+        "curves": [
+            {k: v for k, v in line.items() if math.isfinite(v)} for line in folder.metrics()
+        ],
+        "code": record.code_version(),
+        "environment": record.environment(program.mesh.size),
+        "parameters_sha256": record.parameters_sha256(state.params, state.batch_stats, state.ema),
+    }
+    test = load_split(config, "test")
+    result["test_set"] = {
+        "name": info.name,
+        "split": "test",
+        "examples": len(test),
+        "fingerprint": test.fingerprint,
+    }
+    if outcome.diverged_step is not None:
+        return result
+    everything = np.arange(len(test), dtype=np.int32)
+    measured, logits = score(config, program, state, test, everything)
+    if not np.isfinite(logits).all():  # the very last update broke it
+        return result | {"status": "diverged", "diverged_step": steps}
+    result["scores"]["test"] = measured
+    if len(stream.validation):
+        result["scores"]["validation"], _ = score(config, program, state, split, stream.validation)
+    result["predictions"] = {
+        "test": encoding.encode_labels(logits.argmax(1)),
+        "labels": encoding.encode_labels(test.examples.labels),
+    }
+    folder.write_predictions(logits, test.examples.labels)
+    return result

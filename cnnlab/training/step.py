@@ -1,0 +1,183 @@
+"""The compiled functions of a run: initial state, one update, and logits.
+
+All are pure. Whatever may differ between runs of one program (seed, data order, numbers of `Hyper`)
+is an argument, so one compilation serves them all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from cnnlab import augment, keys, models, parallel, registry
+from cnnlab.training import optim
+from cnnlab.types import Batch, DatasetInfo, Hyper, Outputs, PyTree, TrainState
+
+
+@dataclasses.dataclass
+class Program:
+    """The functions that all runs of one cohort share.
+
+    Attributes:
+        module: the network; takes normalised images.
+        mesh: the devices.
+        init: (seed, hyper) -> TrainState, on all devices of the mesh.
+        train_step: (state, images, labels, indices, seed, hyper) -> (state, metrics); `images`
+            [N, H, W, C] uint8 and `labels` [N] the whole training split, `indices` [B] int32 the
+            batch, metrics [M, 2] float32 the (sum, count) of each of `metric_names`. Donates
+            `state`.
+        logits: (params, batch_stats, images, indices) -> [E, K] float32, in evaluation mode.
+        metric_names: the rows of the metrics of `train_step`; known once it has been traced.
+        traces: how often `train_step` has been traced; 1 however many runs share the program.
+    """
+
+    module: nn.Module
+    mesh: Mesh
+    init: Callable[[int, Hyper], TrainState]
+    train_step: Callable[..., tuple[TrainState, jax.Array]]
+    logits: Callable[..., jax.Array]
+    metric_names: tuple[str, ...] = ()
+    traces: int = 0
+
+
+def make_program(config: ConfigDict, info: DatasetInfo) -> Program:
+    """Builds the functions; nothing is compiled until they are called.
+
+    Args:
+        config: a resolved config; only its static settings matter.
+        info: the data set.
+
+    Raises:
+        CnnlabError: the model does not fit the images, or the batch the devices.
+    """
+    mesh = parallel.make_mesh(config.parallel.devices)
+    parallel.check_batch_size(config.train.batch_size, mesh, "train.batch_size")
+    parallel.check_batch_size(config.eval.batch_size, mesh, "eval.batch_size")
+    task = registry.get("tasks", config.task.name).module
+    fields = {key: value for key, value in config.model.items() if key != "name"}
+    module = models.create(config.model.name, num_outputs=task.output_channels(info), **fields)
+    transform = augment.compose(tuple(config.augment.transforms))
+    mean, std = (np.asarray(x, np.float32) for x in (info.mean, info.std))
+    everywhere, split = parallel.replicated(mesh), parallel.split_batch(mesh)
+
+    def normalise(images: jax.Array) -> jax.Array:
+        return (images - mean[None, None, None]) / std[None, None, None]
+
+    def pixels(images: jax.Array, indices: jax.Array) -> jax.Array:
+        return images[jax.lax.with_sharding_constraint(indices, split)].astype(jnp.float32) / 255
+
+    def init_state(variables: PyTree, hyper: Hyper) -> TrainState:
+        params = variables["params"]
+        rate = optim.learning_rate(config.optim.schedule, jnp.int32(0), hyper)
+        return TrainState(
+            step=jnp.int32(0),
+            params=params,
+            batch_stats=variables.get("batch_stats", {}),
+            opt_state=optim.optimizer(config, hyper, rate).init(params),
+            ema=params if config.optim.ema_decay > 0 else None,
+        )
+
+    place = jax.jit(init_state, out_shardings=everywhere)
+
+    def init(seed: int, hyper: Hyper) -> TrainState:
+        # Lazily: only the initialisers run, op by op, which compiles far faster than a jitted init.
+        rngs = {"params": keys.key(seed, "params"), "dropout": keys.key(seed, "dropout")}
+        example = jax.ShapeDtypeStruct((1, *info.image_shape), jnp.float32)
+        return place(module.lazy_init(rngs, example, train=True), hyper)
+
+    def forward(
+        params: PyTree, batch_stats: PyTree, batch: Batch, dropout_key: jax.Array
+    ) -> tuple[Outputs, PyTree]:
+        outputs, updated = module.apply(
+            {"params": params, "batch_stats": batch_stats},
+            normalise(batch.images),
+            train=True,
+            mutable=["batch_stats"],
+            rngs={"dropout": dropout_key},
+        )
+        return outputs, updated.get("batch_stats", {})
+
+    def train_step(
+        state: TrainState,
+        images: jax.Array,
+        labels: jax.Array,
+        indices: jax.Array,
+        seed: jax.Array,
+        hyper: Hyper,
+    ) -> tuple[TrainState, jax.Array]:
+        program.traces += 1
+        batch = Batch(pixels(images, indices), labels[indices], jnp.ones(len(indices)))
+        batch = transform(keys.key(seed, "augment", state.step), batch)
+        decay = optim.aux_decay(config.task.aux_schedule, state.step, hyper)
+        scheduled = Hyper(hyper.values | {"task.aux_weight": hyper["task.aux_weight"] * decay})
+
+        def objective(params: PyTree) -> tuple[jax.Array, tuple[Outputs, PyTree]]:
+            outputs, batch_stats = forward(
+                params, state.batch_stats, batch, keys.key(seed, "dropout", state.step)
+            )
+            losses = task.loss(outputs, batch, scheduled)
+            return (losses * batch.weights).sum() / batch.weights.sum(), (outputs, batch_stats)
+
+        (loss, (outputs, batch_stats)), gradients = jax.value_and_grad(objective, has_aux=True)(
+            state.params
+        )
+        rate = optim.learning_rate(config.optim.schedule, state.step, hyper)
+        updates, opt_state = optim.optimizer(config, hyper, rate).update(
+            gradients, state.opt_state, state.params
+        )
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema
+        if ema is not None:
+            ema = optim.average(ema, params, state.step, hyper["optim.ema_decay"])
+        count = batch.weights.sum()
+        measured = {"loss": (loss * count, count)} | task.metrics(outputs, batch)
+        measured["learning_rate"] = (rate, jnp.ones(()))
+        program.metric_names = tuple(head_names(name) for name in measured)
+        packed = jnp.stack([jnp.stack(pair) for pair in measured.values()])
+        return TrainState(state.step + 1, params, batch_stats, opt_state, ema), packed
+
+    def logits(
+        params: PyTree, batch_stats: PyTree, images: jax.Array, indices: jax.Array
+    ) -> jax.Array:
+        variables = {"params": params, "batch_stats": batch_stats}
+        outputs: Any = module.apply(variables, normalise(pixels(images, indices)), train=False)
+        return outputs.logits
+
+    def head_names(metric: str) -> str:
+        """`aux0/top1` -> `aux_stage1/top1`."""
+        head, slash, name = metric.partition("/")
+        return f"aux_{config.model.aux[int(head.removeprefix('aux'))]}/{name}" if slash else metric
+
+    program = Program(
+        module=module,
+        mesh=mesh,
+        init=init,
+        train_step=jax.jit(train_step, donate_argnums=0, out_shardings=everywhere),
+        logits=jax.jit(logits, out_shardings=everywhere),
+    )
+    return program
+
+
+class Programs:
+    """The programs built so far in this process, found by what they depend on."""
+
+    def __init__(self) -> None:
+        self._programs: dict[str, Program] = {}
+
+    def get(self, config: ConfigDict, info: DatasetInfo, key: str) -> Program:
+        """The program of a resolved config; `key` is its `config.program`."""
+        if key not in self._programs:
+            self._programs[key] = make_program(config, info)
+        return self._programs[key]
+
+    def __iter__(self) -> Any:
+        return iter(self._programs.values())

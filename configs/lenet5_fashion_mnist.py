@@ -1,0 +1,25 @@
+"""LeNet-5 with ReLU and max pooling on the whole of Fashion-MNIST.
+
+    cnnlab train --config configs/lenet5_fashion_mnist.py
+
+SCORE_LENET_WHOLE
+"""
+
+from ml_collections import ConfigDict
+
+from cnnlab import config
+
+
+def get_config(argument: str = "") -> ConfigDict:
+    """The recipe; `argument` names another model of the registry."""
+    return config.base(
+        model=argument or "lenet5_modern",
+        data="fashion_mnist",
+        optim={
+            "name": "adamw",
+            "learning_rate": 0.004,
+            "weight_decay": 0.05,
+            "schedule": "one_cycle",
+        },
+        train={"duration": "15 epochs", "batch_size": 128},
+    )

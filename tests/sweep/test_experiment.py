@@ -1,0 +1,79 @@
+"""Experiment files: what they expand to, and every file of the project."""
+
+from pathlib import Path
+
+import pytest
+
+from cnnlab import config
+from cnnlab.sweep import experiment
+from cnnlab.types import CnnlabError
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+FILE = '''"""A title.
+
+More words.
+"""
+from cnnlab import config
+from cnnlab.sweep import Experiment
+
+
+def get_experiment():
+    return Experiment(
+        base=config.base(model="simple_conv", data="digits"),
+        rows={"a": {}, "b": {"optim.learning_rate": 0.3}, "c": {"model.name": "lenet5"}},
+        seeds=(3, 5),
+        baseline="a",
+        columns=("top1",),
+    )
+'''
+
+
+def write(folder, text=FILE, name="mine.py"):
+    (folder / "experiments").mkdir(exist_ok=True)
+    path = folder / "experiments" / name
+    path.write_text(text)
+    return path
+
+
+def test_rows_times_seeds(tmp_path):
+    loaded = experiment.load(write(tmp_path))
+    assert [(r.row, r.seed) for r in loaded.runs] == [(r, s) for r in "abc" for s in (3, 5)]
+    assert all(r.config.seed == r.seed for r in loaded.runs)
+    assert loaded.runs[2].config.optim.learning_rate == 0.3
+    assert loaded.runs[4].config.model.name == "lenet5"
+    assert (loaded.name, loaded.spec.title) == ("mine", "A title.")
+    assert len({r.folder for r in loaded.runs}) == 6
+    assert {"optim.learning_rate", "model.name"} <= set(loaded.spec.varied)
+    assert "train.batch_size" not in loaded.spec.varied
+
+
+def test_a_run_is_its_config_whatever_the_row_is_called(tmp_path):
+    one = experiment.load(write(tmp_path))
+    other = experiment.load(write(tmp_path, FILE.replace('"b": {', '"other": {'), "other.py"))
+    assert [r.folder for r in one.runs] == [r.folder for r in other.runs]
+
+
+def test_selecting_rows_and_seeds(tmp_path):
+    loaded = experiment.load(write(tmp_path))
+    assert [(r.row, r.seed) for r in experiment.select(loaded, ["c", "a"], [5])] == [
+        ("a", 5),
+        ("c", 5),
+    ]
+    with pytest.raises(CnnlabError, match="no seed 4; its seeds are 3, 5"):
+        experiment.select(loaded, [], [4])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*.py")), ids=lambda p: p.stem)
+def test_every_experiment_of_the_project_expands(path):
+    loaded = experiment.load(path)
+    assert len(loaded.runs) == len(loaded.spec.rows) * len(loaded.spec.seeds)
+    assert f"cnnlab table experiments/{path.name}" in path.read_text()
+    assert loaded.spec.baseline in loaded.spec.rows
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
+def test_every_config_of_the_project_resolves(path):
+    made = config.resolve(experiment.load_config(path), str(path))
+    assert f"--config configs/{path.name}" in path.read_text()
+    assert made.data.name in path.stem

@@ -1,0 +1,243 @@
+"""Forty ways to get it wrong, and the message for each: what, where, nearest name, what to do."""
+
+import errno
+import gzip
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from cnnlab import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = '''"""A tiny recipe."""
+from cnnlab import config
+
+
+def get_config(argument=""):
+    made = config.base(
+        model="simple_conv",
+        data="digits",
+        train={"duration": "4 steps", "batch_size": 64},
+    )
+    # HERE
+    return made
+'''
+EXPERIMENT = '''"""A title."""
+from cnnlab import config
+from cnnlab.sweep import Experiment
+
+
+def get_experiment():
+    base = config.base(
+        model="simple_conv", data="digits", train={"duration": "4 steps", "batch_size": 64}
+    )
+    return Experiment(
+        base=base,
+        rows={"one": {}, "two": {"optim.learning_rate": 0.2}},
+        seeds=range(2),
+        baseline="one",
+        columns=("top1",),
+    )
+'''
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "configs" / "tiny.py").write_text(CONFIG)
+    (tmp_path / "experiments" / "rates.py").write_text(EXPERIMENT)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("CNNLAB_DATA", str(tmp_path / "data"))
+    return tmp_path
+
+
+TRAIN = "train --config configs/tiny.py"
+TABLE = "table experiments/rates.py"
+
+
+def config_line(line):
+    def change(project):
+        (project / "configs" / "tiny.py").write_text(CONFIG.replace("# HERE", line))
+
+    return change
+
+
+def experiment(old, new):
+    def change(project):
+        assert old in EXPERIMENT
+        (project / "experiments" / "rates.py").write_text(EXPERIMENT.replace(old, new))
+
+    return change
+
+
+def truncated_data(project):
+    folder = project / "data"
+    folder.mkdir()
+    for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+        (folder / f"{name}-ubyte.gz").write_bytes(
+            gzip.compress(b"\0\0\x08\x03" + b"\0" * 100)[:-20]
+        )
+
+
+def other_config(project):
+    assert cli.main([*TRAIN.split(), "--folder", "mine"]) == 0
+
+
+def damaged(name, content):
+    def change(project):
+        other_config(project)
+        (project / "mine" / "result.json").unlink()
+        (project / "mine" / name).write_text(content)
+
+    return change
+
+
+def damaged_result(project):
+    assert cli.main(TRAIN.split()) == 0
+    (folder,) = (project / "runs").iterdir()
+    (folder / "result.json").write_text('{"schema": 1,')
+
+
+def no_checkpoint(project):
+    other_config(project)
+    shutil.rmtree(project / "mine" / "checkpoints")
+
+
+def nothing(project):
+    pass
+
+
+CASES = {
+    # name: (what is done to the project first, the command, what the message must say)
+    "unknown key": (nothing, f"{TRAIN} --config.optim.learning_rat=0.3", r"unknown key 'optim.learning_rat' \(did you mean 'learning_rate'"),
+    "unknown section": (nothing, f"{TRAIN} --config.optin.name=sgd", r"unknown section 'optin'.*did you mean 'optim'"),
+    "unknown field of a model": (nothing, f"{TRAIN} --config.model.width=3", r"unknown key 'model.width' \(did you mean 'widths'\?\).*simple_conv"),
+    "wrong type, number": (nothing, f"{TRAIN} --config.optim.learning_rate=fast", r"optim.learning_rate: expected a number, got 'fast'"),
+    "wrong type, whole number": (nothing, f"{TRAIN} --config.train.batch_size=6.5", r"train.batch_size: expected a whole number, got 6.5"),
+    "wrong type, true or false": (nothing, f"{TRAIN} --config.optim.nesterov=1", r"optim.nesterov: expected true or false, got 1"),
+    "wrong type, tuple": (config_line("made.model.aux = 3"), TRAIN, r"tiny.py, line 11.*aux"),
+    "wrong type in a file": (config_line("made.optim.name = 3"), TRAIN, r"tiny.py, line 11.*(name|str)"),
+    "bool for a number in a file": (config_line("made.train.batch_size = True"), TRAIN, r"tiny.py: train.batch_size: expected a whole number, got True"),
+    "out of range": (nothing, f"{TRAIN} --config.optim.momentum=1.5", r"optim.momentum: expected a number from 0 to 1, got 1.5"),
+    "negative": (nothing, f"{TRAIN} --config.optim.weight_decay=-1", r"optim.weight_decay: expected a number of at least 0"),
+    "not finite": (nothing, f"{TRAIN} --config.optim.learning_rate=1e999", r"expected a finite number"),
+    "negative seed": (nothing, f"{TRAIN} --config.seed=-1", r"seed: expected a number from 0"),
+    "unknown choice": (nothing, f"{TRAIN} --config.optim.schedule=cosin", r"expected one of constant, .*did you mean 'cosine'"),
+    "unknown model": (nothing, f"{TRAIN} --config.model.name=resnet21", r"unknown model 'resnet21' \(did you mean 'resnet.*list models"),
+    "unknown data set": (nothing, f"{TRAIN} --config.data.name=fashion_mni", r"unknown data set 'fashion_mni' \(did you mean 'fashion_mini'"),
+    "unknown augmentation": (nothing, f"{TRAIN} --config.augment.transforms=flop", r"unknown augmentation 'flop' \(did you mean 'flip'"),
+    "bad argument of an augmentation": (nothing, f"{TRAIN} --config.augment.transforms=crop(pad=4)", r"no argument 'pad' \(did you mean 'padding'"),
+    "duration without a unit": (nothing, f"{TRAIN} --config.train.duration=10", r"train.duration: expected a count and one unit of steps, epochs or examples"),
+    "duration of nothing": (nothing, [*TRAIN.split(), "--config.train.duration=0 epochs"], r"expected a duration above 0"),
+    "value missing": (nothing, f"{TRAIN} --config.seed", r"--config.seed: expected a value"),
+    "given twice": (nothing, f"{TRAIN} --config.seed=1 --config.seed=2", r"--config.seed is given twice"),
+    "unknown argument": (nothing, f"{TABLE} --config.seed=1", r"unknown argument '--config.seed=1'"),
+    "batch larger than the data": (nothing, f"{TRAIN} --config.train.batch_size=5000", r"train.batch_size: expected at most the 1293 training examples, got 5000"),
+    "more devices than there are": (nothing, f"{TRAIN} --config.parallel.devices=64", r"parallel.devices: expected at most the 8 cpu"),
+    "batch not divided by the devices": (nothing, f"{TRAIN} --config.parallel.devices=8 --config.train.batch_size=60", r"multiple of the 8 devices"),
+    "aux weight for each head": (nothing, f"{TRAIN} --config.model.aux=stage1 --config.task.aux_weight=1,2", r"expected one weight, or one for each of the 1 heads"),
+    "unknown feature for a head": (nothing, f"{TRAIN} --config.model.aux=stage7", r"stage7.*(stage1)"),
+    "selection without a validation split": (nothing, f"{TRAIN} --config.data.validation=0 --config.train.keep=best", r"need a validation split.*test split never selects"),
+    "image too small": (nothing, f"{TRAIN} --config.model.name=vgg11", r"poolings need images of at least 32x32, got 8x8; set pools=3"),
+    "depth that does not exist": (nothing, f"{TRAIN} --config.model.name=resnet20 --config.model.depth=21", r"depth must be 6n \+ 2, got 21; the nearest is 20"),
+    "missing config file": (nothing, "train --config configs/tinny.py", r"no file configs/tinny.py \(did you mean 'tiny'"),
+    "missing experiment file": (nothing, "table experiments/rate.py", r"no file experiments/rate.py \(did you mean 'rates'"),
+    "typo in a config file": (config_line("made.optim.learning_rat = 1"), TRAIN, r"tiny.py, line 11: .*learning_rat"),
+    "error in a config file": (config_line("1 / 0"), TRAIN, r"tiny.py, line 11: ZeroDivisionError"),
+    "syntax error in an experiment": (experiment("rows={", "rows={{"), TABLE, r"rates.py is no Python file"),
+    "no get_experiment": (experiment("get_experiment", "get_experimnt"), TABLE, r"rates.py must define get_experiment\(\)"),
+    "not an experiment": (experiment("return Experiment(", "return dict("), TABLE, r"expected a cnnlab.sweep.Experiment, got dict"),
+    "two rows of one name": (experiment('"two": {', '"one": {'), TABLE, r"rates.py, line 12: two entries named 'one'"),
+    "unknown key in a row": (experiment("optim.learning_rate", "optim.lr"), TABLE, r"rates.py, row 'two': unknown key 'optim.lr'"),
+    "seed set by a row": (experiment('"one": {}', '"one": {"seed": 1}'), TABLE, r"row 'one': a row can't set the seed"),
+    "seeds twice": (experiment("range(2)", "(1, 1)"), TABLE, r"seeds: expected at least one, all different"),
+    "unknown baseline": (experiment('baseline="one"', 'baseline="oen"'), TABLE, r"unknown baseline 'oen' \(did you mean 'one'"),
+    "unknown column": (experiment('("top1",)', '("topl",)'), TABLE, r"unknown column 'topl' \(did you mean .*'top1'"),
+    "unknown row asked for": (nothing, f"{TABLE} --rows tow", r"no row 'tow' \(did you mean 'two'"),
+    "unknown seed asked for": (nothing, f"{TABLE} --seeds 7", r"no seed 7; its seeds are 0, 1"),
+    "seeds that are no numbers": (nothing, f"{TABLE} --seeds x", r"--seeds: expected numbers such as 0 1 2 or 0-4, got 'x'"),
+    "nothing to render": (nothing, f"{TABLE} --render", r"holds no results yet; train without --render"),
+    "missing data": (nothing, f"{TRAIN} --config.data.name=fashion_mnist", r"dataset-fashion-mnist.*--data-dir"),
+    "truncated data": (truncated_data, f"{TRAIN} --config.data.name=fashion_mnist", r"train-images-idx3-ubyte"),
+    "run folder of another config": (other_config, f"{TRAIN} --folder mine --config.optim.learning_rate=0.7", r"mine holds a run of another config: optim.learning_rate \(0.1 there, 0.7 here\)"),
+    "damaged config of a run": (damaged("config.json", "{"), f"{TRAIN} --folder mine", r"mine/config.json is damaged"),
+    "damaged metrics of a run": (damaged("metrics.jsonl", '{"a\n{"step": 1}\n'), f"{TRAIN} --folder mine", r"metrics.jsonl: line 1 is damaged"),
+    "damaged result of a run": (damaged_result, TRAIN, r"result.json is damaged"),
+    "run that does not exist": (nothing, "eval runs/nothing", r"no run 'runs/nothing'; `cnnlab list runs` shows all"),
+    "folder that is no run": (nothing, "eval configs", r"configs is no run's folder: it has no config.json"),
+    "run without a checkpoint": (no_checkpoint, "eval mine", r"has no checkpoint yet"),
+    "folder that can't be made": (nothing, f"{TRAIN} --folder configs/tiny.py/run", r"configs/tiny.py.*: Not a directory"),
+    "shape of an input": (nothing, "describe lenet5 --input 28x28", r"--input: expected HxWxC such as 28x28x1, got '28x28'"),
+    "unknown model to describe": (nothing, "describe lenet55", r"unknown model 'lenet55' \(did you mean 'lenet5'"),
+    "unknown field to describe": (nothing, "describe lenet5 --model.depth=3", r"unknown key 'model.depth'"),
+    "no classes": (nothing, "describe lenet5 --classes 0", r"--classes: expected at least 1, got 0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_message_says_what_where_and_what_to_do(case, project, capsys, monkeypatch):
+    prepare, command, message = CASES[case]
+    if case == "missing data" and Path("/usr/share/datasets/fashion-mnist").exists():
+        pytest.skip("the whole Fashion-MNIST is installed on this machine")
+    prepare(project)
+    capsys.readouterr()
+    before = set(project.rglob("result.json"))
+    code = cli.main(command.split() if isinstance(command, str) else command)
+    error = capsys.readouterr().err
+    assert code == 2, error
+    assert error.startswith("cnnlab: ")
+    assert re.search(message, error, re.DOTALL), error
+    assert "Traceback" not in error
+    assert set(project.rglob("result.json")) >= before
+
+
+def test_there_are_at_least_forty():
+    assert len(CASES) >= 40
+
+
+def test_traceback_shows_where(project):
+    with pytest.raises(Exception, match="unknown model"):
+        cli.main(["describe", "lenet55", "--traceback"])
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_ends_with_a_message_and_everything_intact(project, capsys):
+    from cnnlab import record
+
+    assert cli.main([*TRAIN.split(), "--folder", "other"]) == 0
+    capsys.readouterr()
+    # The disk fills up right after the run has begun: any write to /dev/full says so.
+    rewind = record.RunFolder.rewind
+
+    def then_full(self, step):
+        rewind(self, step)
+        (self.path / "metrics.jsonl").unlink()
+        (self.path / "metrics.jsonl").symlink_to("/dev/full")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(record.RunFolder, "rewind", then_full)
+        assert cli.main([*TRAIN.split(), "--folder", "mine"]) == 2
+    error = capsys.readouterr().err
+    assert "no disk space left" in error
+    assert "give the same command again" in error
+    assert (project / "other" / "result.json").exists()
+
+    (project / "mine" / "metrics.jsonl").unlink()
+    assert cli.main([*TRAIN.split(), "--folder", "mine"]) == 0
+
+
+def test_no_space_for_a_result_is_told_with_its_name(project, capsys, monkeypatch):
+    from cnnlab import record
+
+    def full(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(record, "write_atomic", full)
+    assert cli.main([*TRAIN.split(), "--folder", "mine"]) == 2
+    assert re.search(r"no disk space left to write .*mine/config.json", capsys.readouterr().err)

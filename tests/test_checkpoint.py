@@ -1,0 +1,92 @@
+"""Checkpoints: exact, on any devices, keeping the latest and the best."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from cnnlab import parallel
+from cnnlab.checkpoint import Checkpoints
+from cnnlab.types import CnnlabError, TrainState
+
+
+def state(step=0, devices=1, ema=False, width=3):
+    params = {"layer": {"kernel": jnp.arange(2.0 * width).reshape(2, width) / 7 + step}}
+    made = TrainState(
+        step=jnp.int32(step),
+        params=params,
+        batch_stats={},
+        opt_state=optax.adam(0.1).init(params),
+        ema=jax.tree.map(lambda x: x / 3, params) if ema else None,
+    )
+    return jax.device_put(made, parallel.replicated(parallel.make_mesh(devices)))
+
+
+def same(a, b):
+    return jax.tree.structure(a) == jax.tree.structure(b) and all(
+        np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_what_is_restored_is_what_was_saved_onto_other_devices_too(tmp_path, ema):
+    note = {"sums": {"loss": [1.5, 2.0]}, "best": None}
+    with Checkpoints(tmp_path, best="max") as checkpoints:
+        checkpoints.save(state(7, ema=ema), note, None)
+    with Checkpoints(tmp_path, best="max") as checkpoints:
+        assert checkpoints.steps == [7]
+        restored, its_note = checkpoints.restore(state(0, devices=8, ema=ema), 7)
+    assert same(restored, state(7, ema=ema))
+    assert its_note == note
+    assert len(restored.params["layer"]["kernel"].devices()) == 8
+
+
+def test_a_saved_state_may_be_donated_at_once(tmp_path):
+    @jax.jit
+    def overwrite(tree):
+        return jax.tree.map(lambda x: x * 0 - 1, tree)
+
+    donating = jax.jit(overwrite, donate_argnums=0)
+    with Checkpoints(tmp_path, best="max") as checkpoints:
+        saved = state(3)
+        checkpoints.save(saved, {}, None)
+        jax.block_until_ready(donating(saved))
+        checkpoints.wait()
+        restored, _ = checkpoints.restore(state(0), 3)
+    assert same(restored, state(3))
+
+
+@pytest.mark.parametrize(("best", "kept"), [("max", [2, 4]), ("min", [1, 4])])
+def test_the_latest_and_the_best_are_kept(tmp_path, best, kept):
+    with Checkpoints(tmp_path, best=best) as checkpoints:
+        for step, value in ((1, 0.2), (2, 0.9), (3, None), (4, 0.5)):
+            checkpoints.save(state(step), {}, value)
+        checkpoints.wait()
+        assert checkpoints.steps == kept
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (lambda: state(0, width=4), r"params/layer/kernel: saved \(2, 3\), expected \(2, 4\)"),
+        (lambda: state(0, ema=True), r"ema/layer/kernel: saved nothing, expected \(2, 3\)"),
+    ],
+)
+def test_another_tree_is_told_leaf_by_leaf(tmp_path, other, message):
+    with Checkpoints(tmp_path, best="max") as checkpoints:
+        checkpoints.save(state(5), {}, None)
+        checkpoints.wait()
+        with pytest.raises(CnnlabError, match=message):
+            checkpoints.restore(other(), 5)
+
+
+def test_a_folder_of_a_save_that_was_killed_is_passed_over(tmp_path):
+    with Checkpoints(tmp_path, best="max") as checkpoints:
+        checkpoints.save(state(5), {}, None)
+    (tmp_path / "9.orbax-checkpoint-tmp").mkdir()
+    with Checkpoints(tmp_path, best="max") as checkpoints:
+        assert checkpoints.steps == [5]
+        checkpoints.save(state(9), {}, None)
+        checkpoints.wait()
+        assert checkpoints.steps == [9]

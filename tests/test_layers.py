@@ -1,0 +1,100 @@
+"""Layers against Flax's own, closed forms and moments."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from cnnlab import layers
+from cnnlab.types import CnnlabError
+
+KEY = jax.random.key(0)
+
+
+def sample(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def test_conv_equals_flax():
+    images = sample(2, 9, 9, 4)
+    ours = layers.Conv(6, (3, 5), 2, ((1, 1), (2, 2)), groups=2)
+    theirs = nn.Conv(6, (3, 5), 2, ((1, 1), (2, 2)), feature_group_count=2)
+    variables = ours.init(KEY, images)
+    variables["params"]["bias"] = sample(6)
+    np.testing.assert_allclose(
+        ours.apply(variables, images), theirs.apply(variables, images), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_batch_norm_and_its_running_statistics_equal_flax():
+    ours = layers.BatchNorm()
+    theirs = nn.BatchNorm(momentum=0.9, use_fast_variance=False)
+    a = ours.init(KEY, sample(4, 5, 5, 3), train=True)
+    b = theirs.init(KEY, sample(4, 5, 5, 3), use_running_average=False)
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    assert jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), a, b))  # none moved by init
+    for step in range(3):
+        x = sample(4, 5, 5, 3, seed=step) * 2 + 1
+        y, moved = ours.apply(a, x, train=True, mutable=["batch_stats"])
+        z, flax_moved = theirs.apply(b, x, use_running_average=False, mutable=["batch_stats"])
+        a, b = a | moved, b | flax_moved
+        np.testing.assert_allclose(y, z, rtol=1e-4, atol=1e-5)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), a, b)
+    np.testing.assert_allclose(
+        ours.apply(a, x, train=False), theirs.apply(b, x, use_running_average=True), rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("initializer", "variance"),
+    [
+        (layers.he_normal, 2 / (9 * 32)),
+        (layers.he_normal_fan_out, 2 / (9 * 512)),
+        (layers.lecun_normal, 1 / (9 * 32)),
+    ],
+)
+def test_initializers_have_the_papers_variance(initializer, variance):
+    kernel = np.asarray(initializer(KEY, (3, 3, 32, 512), jnp.float32), np.float64).ravel()
+    assert abs(kernel.var() / variance - 1) < 0.02
+    assert abs(kernel.mean()) < 4 * np.sqrt(variance / kernel.size)
+    # Longer than one chunk of draws: no chunk repeats another.
+    chunks = kernel[: 2 * layers._CHUNK].reshape(2, -1)
+    assert abs(np.corrcoef(chunks)[0, 1]) < 0.02
+    jitted = jax.jit(lambda key: initializer(key, (3, 3, 32, 512), jnp.float32))(KEY)
+    np.testing.assert_allclose(jitted.ravel(), kernel, rtol=1e-6)
+
+
+@pytest.mark.parametrize("layer", [layers.Dropout(0.25), layers.SpatialDropout(0.25)])
+def test_dropout_keeps_the_mean_and_scales(layer):
+    x = jnp.ones((64, 8, 8, 32))
+    y = np.asarray(layer.apply({}, x, train=True, rngs={"dropout": KEY}))
+    assert set(np.unique(y)) == {np.float32(0), np.float32(1 / 0.75)}
+    assert abs((y == 0).mean() - 0.25) < 0.04
+    np.testing.assert_array_equal(layer.apply({}, x, train=False), x)
+    whole = (y == y[:, :1, :1]).all((1, 2))
+    assert whole.all() == isinstance(layer, layers.SpatialDropout)
+
+
+@pytest.mark.parametrize("rate", [1.0, -0.1])
+def test_dropout_rate_out_of_range(rate):
+    with pytest.raises(CnnlabError, match=r"\[0, 1\)"):
+        layers.Dropout(rate).apply({}, jnp.ones((1, 2)), train=False)
+
+
+def test_bfloat16_computes_in_bfloat16_with_float32_parameters():
+    block = layers.ConvBlock(4, dtype="bfloat16")
+    variables = block.init(KEY, sample(2, 6, 6, 3), train=True)
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    assert block.apply(variables, sample(2, 6, 6, 3), train=False).dtype == jnp.bfloat16
+
+
+def test_names_that_are_not_known():
+    with pytest.raises(CnnlabError, match=r"unknown activation 'rleu' .did you mean 'relu'"):
+        layers.activation("rleu")
+    with pytest.raises(CnnlabError, match=r"unknown dtype 'float16' .did you mean.*'bfloat16'"):
+        layers.compute_dtype("float16")
+    with pytest.raises(CnnlabError, match=r"unknown norm 'batchnorm' .did you mean 'batch'"):
+        layers.check_fields({"norm": "batchnorm"})
+    with pytest.raises(CnnlabError, match="groups 3 for 4 -> 6"):
+        layers.Conv(6, 3, groups=3).init(KEY, sample(1, 5, 5, 4))

@@ -1,0 +1,43 @@
+"""Plug-ins found by file and name."""
+
+import pytest
+
+from cnnlab import registry
+from cnnlab.types import CnnlabError
+
+
+def test_every_folder_registers_what_its_files_define():
+    assert {"lenet5", "resnet20", "vgg16_bn"} <= set(registry.plugins("models"))
+    assert {"crop", "flip"} <= set(registry.plugins("augment"))
+    assert {"fashion_mini", "digits", "fashion_mnist", "tfds"} == set(registry.plugins("data"))
+    assert {"classification"} == set(registry.plugins("tasks"))
+
+
+def test_an_unknown_name_gets_the_nearest():
+    with pytest.raises(CnnlabError, match=r"did you mean .*'resnet20'\?\)\. "):
+        registry.get("models", "resnet2O")
+
+
+def test_a_call_in_text_gives_all_parameters():
+    plugin, arguments = registry.call("augment", "crop(padding=2)")
+    assert (plugin.name, arguments) == ("crop", {"padding": 2})
+    assert registry.call("augment", "flip")[1] == {"probability": 0.5}
+    assert registry.call("augment", "flip(probability=1)")[1] == {"probability": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("crop(", "expected a name with keyword arguments"),
+        ("crop(3)", "expected a name with keyword arguments"),
+        ("crop(padding=x)", "expected a name with keyword arguments"),
+        ("crop(pading=3)", "did you mean 'padding'"),
+        ("crop(padding='3')", "expected int, got '3'"),
+        ("crop(padding=True)", "expected int, got True"),
+        ("crops", "did you mean 'crop'"),
+        ("__import__('os')", "expected a name with keyword arguments"),
+    ],
+)
+def test_a_call_that_does_not_fit_is_explained(text, message):
+    with pytest.raises(CnnlabError, match=message.replace("(", r"\(")):
+        registry.call("augment", text)
