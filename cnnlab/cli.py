@@ -111,8 +111,11 @@ def _parser() -> argparse.ArgumentParser:
         "--render", action="store_true", help="train nothing: rebuild the table from --results"
     )
 
+    table.add_argument("--wandb", metavar="PROJECT", help="also log to Weights & Biases")
+
     train = add("train", _train, "train one run of a config file")
     train.add_argument("--config", type=Path, required=True, metavar="FILE[:ARG]")
+    train.add_argument("--wandb", metavar="PROJECT", help="also log to Weights & Biases")
     train.add_argument("--folder", type=Path, metavar="DIR", help="instead of one under --runs")
     train.epilog = "Any setting: --config.SECTION.KEY=VALUE, as in --config.optim.learning_rate=0.3"
 
@@ -219,6 +222,21 @@ def _numbers(words: Sequence[str]) -> list[int]:
     return found
 
 
+def _tracker(options: argparse.Namespace) -> Callable[[Any], Any]:
+    """What gives a run the callbacks of the tracker that was asked for."""
+    if not options.wandb:
+        return lambda run: {}
+    from cnnlab import config as config_lib
+    from cnnlab.training import trackers
+
+    return lambda run: trackers.wandb(
+        options.wandb,
+        name=f"{run.row}, seed {run.seed}",
+        identity=run.identity,
+        config=config_lib.plain(run.config),
+    )
+
+
 def _table(options: argparse.Namespace, changes: dict[str, str]) -> int:
     _start_jax()
     from cnnlab.sweep import executor, experiment, results
@@ -240,7 +258,12 @@ def _table(options: argparse.Namespace, changes: dict[str, str]) -> int:
         try:
             with _Stop(console) as stop, LiveProgress(console, chosen, options.runs) as progress:
                 executor.execute(
-                    chosen, options.runs, programs=programs, progress=progress, should_stop=stop
+                    chosen,
+                    options.runs,
+                    programs=programs,
+                    progress=progress,
+                    track=_tracker(options),
+                    should_stop=stop,
                 )
         except loop.Interrupted:
             return _complain(
@@ -260,7 +283,7 @@ def _train(options: argparse.Namespace, changes: dict[str, str]) -> int:
     from cnnlab import config as config_lib
     from cnnlab.sweep import experiment, results
     from cnnlab.sweep.progress import LiveProgress
-    from cnnlab.training import loop, run
+    from cnnlab.training import loop, run, trackers
     from cnnlab.training.step import Programs
 
     console = _console()
@@ -277,7 +300,7 @@ def _train(options: argparse.Namespace, changes: dict[str, str]) -> int:
                 folder,
                 row=this.row,
                 programs=Programs(),
-                callbacks=progress.begin(this),
+                callbacks=trackers.merge(progress.begin(this), _tracker(options)(this)),
                 should_stop=stop,
             )
     except loop.Interrupted:

@@ -273,7 +273,7 @@ def environment(devices: int) -> dict[str, Any]:
         "jax": jax.__version__,
         "flax": flax.__version__,
         "platform": device.platform,
-        "device": f"{device.device_kind} {platform.machine()}, {os.cpu_count()} cores"
+        "device": f"{platform.machine()}, {os.cpu_count()} cores"
         if device.platform == "cpu"
         else device.device_kind,
         "devices": devices,

@@ -17,9 +17,9 @@ def get_config(argument: str = "") -> ConfigDict:
         data="fashion_mini",
         optim={
             "name": "adamw",
-            "learning_rate": 0.005,
+            "learning_rate": 0.01,
             "weight_decay": 0.05,
             "schedule": "one_cycle",
         },
-        train={"duration": "12 epochs", "batch_size": 128, "checkpoint_every": "4 epochs"},
+        train={"duration": "8 epochs", "batch_size": 128, "checkpoint_every": "4 epochs"},
     )

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from cnnlab import config as config_lib
 from cnnlab import record
 from cnnlab.sweep.experiment import Run
-from cnnlab.training import loop, optim
+from cnnlab.training import loop, optim, trackers
 from cnnlab.training import run as run_lib
 from cnnlab.training.step import Programs
 from cnnlab.types import CnnlabError
@@ -55,6 +55,7 @@ def execute(
     *,
     programs: Programs,
     progress: Progress,
+    track: Callable[[Run], loop.Callbacks] = lambda _: {},
     should_stop: Callable[[], bool] = lambda: False,
 ) -> list[dict[str, Any]]:
     """Brings all runs to their end and returns their records, in the order of `runs`.
@@ -68,6 +69,7 @@ def execute(
         runs_folder: where the runs' folders lie.
         programs: the compiled programs, shared.
         progress: told of begins and ends.
+        track: more callbacks for a run; see `cnnlab.training.trackers`.
         should_stop: see `loop.fit`.
 
     Raises:
@@ -93,7 +95,7 @@ def execute(
                     runs_folder / run.folder,
                     row=run.row,
                     programs=programs,
-                    callbacks=progress.begin(run),
+                    callbacks=trackers.merge(progress.begin(run), track(run)),
                     should_stop=should_stop,
                 )
             progress.end(run, records[run.identity])

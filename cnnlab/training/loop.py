@@ -244,6 +244,7 @@ def fit(
             checkpoints.save(state, dataclasses.asdict(note), None)
     except _Diverged as divergence:
         note.seconds += time.perf_counter() - started
+        emit("end")
         return Outcome(state, note, divergence.step)
     checkpoints.wait()
     emit("end")
