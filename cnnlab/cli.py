@@ -203,7 +203,7 @@ class _Stop:
 def _console() -> Console:
     from rich.console import Console
 
-    return Console(highlight=False)
+    return Console(highlight=False, markup=False)  # a row may be called "[a]"
 
 
 def _numbers(words: Sequence[str]) -> list[int]:

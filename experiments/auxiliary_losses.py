@@ -50,6 +50,6 @@ def get_experiment() -> Experiment:
         rows=block("plain stack", {}) | block("ResNet-20", resnet),
         seeds=range(3),
         baseline=("plain stack, none", "ResNet-20, none"),
-        columns=("top1", "nll", "parameters", "seconds"),
+        columns=("top1", "nll", "ece"),
         figures=("score_cost", "curves"),
     )

@@ -24,7 +24,7 @@ from configs import tiny
 def get_experiment():
     return Experiment(
         base=tiny.get_config(),
-        rows={"slow": {}, "fast": {"optim.learning_rate": 0.2}},
+        rows={"slow": {}, "[fast]": {"optim.learning_rate": 0.2}},
         seeds=range(2),
         baseline="slow",
         columns=("top1", "nll", "parameters", "macs", "seconds"),
@@ -76,6 +76,7 @@ def test_a_table_from_start_to_finish_and_again(project, capsys):
     assert cli.main(["table", "experiments/rates.py"]) == 0
     out = capsys.readouterr().out
     assert "slow" in out
+    assert "[fast], seed 1: top-1" in out
     assert "±" in out
     results = project / "results" / "rates"
     names = {p.relative_to(results).as_posix() for p in results.rglob("*") if p.is_file()}
@@ -83,7 +84,7 @@ def test_a_table_from_start_to_finish_and_again(project, capsys):
     assert {f"runs/{row}-s{seed}.json" for row in ("slow", "fast") for seed in (0, 1)} <= names
     assert r"\toprule" in (results / "table.tex").read_text()
     record = json.loads((results / "runs/fast-s1.json").read_text())
-    assert (record["row"], record["seed"]) == ("fast", 1)
+    assert (record["row"], record["seed"]) == ("[fast]", 1)
 
     before = {p: p.stat().st_mtime_ns for p in (project / "runs").rglob("*")}
     table = (results / "table.md").read_text()
@@ -99,7 +100,7 @@ def test_a_table_from_start_to_finish_and_again(project, capsys):
 
 
 def test_a_part_of_a_table_names_what_is_missing(project, capsys):
-    assert cli.main(["table", "experiments/rates.py", "--rows", "fast", "--seeds", "0"]) == 0
+    assert cli.main(["table", "experiments/rates.py", "--rows", "[fast]", "--seeds", "0"]) == 0
     table = (project / "results" / "rates" / "table.md").read_text()
     assert re.search(r"[Mm]issing.*slow", table)
     assert len(list((project / "runs").iterdir())) == 1

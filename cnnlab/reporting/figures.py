@@ -51,6 +51,7 @@ STYLE = {
 }
 _CURVE_LABELS = {
     "train/loss": "Training loss (nats)",
+    "train/nll": "Training NLL (nats)",
     "train/top1": "Training top-1 (%)",
     "validation/top1": "Validation top-1 (%)",
     "validation/nll": "Validation NLL (nats)",
@@ -219,7 +220,7 @@ def confusion_matrix(
         if size <= 20:
             for i, j in np.ndindex(share.shape):
                 if counts[i, j]:
-                    text = "<1" if share[i, j] < 0.5 else f"{share[i, j]:.0f}"
+                    text = "<1" if share[i, j] < 1 else f"{share[i, j]:.0f}"
                     tone = "white" if norm(share[i, j]) > 0.6 else "#222222"
                     axes.text(j, i, text, ha="center", va="center", color=tone, fontsize=7.5)
         every = range(size) if size <= 40 else range(0, size, size // 20)
@@ -363,7 +364,10 @@ def write_all(
                 for cost in ("parameters", "macs", "seconds")
             ]
         elif name == "curves":
-            metrics = [m for m in ("train/loss", "validation/top1") if m in _logged(runs)]
+            # The loss that is minimised has auxiliary terms in some rows; the main head's has not.
+            logged = _logged(runs)
+            loss = "train/nll" if "train/nll" in logged else "train/loss"
+            metrics = [m for m in (loss, "validation/top1") if m in logged]
             written.append(
                 learning_curves(spec, records, folder / f"curves.{ending}", metrics=metrics)
             )

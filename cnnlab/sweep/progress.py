@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,10 +42,10 @@ class LiveProgress:
         self._runs_folder = runs_folder
         self._bars = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[state]}"),
+            TextColumn("{task.fields[state]}", markup=False),
             TimeElapsedColumn(),
             console=console,
             disable=not console.is_terminal,
@@ -77,7 +78,8 @@ class LiveProgress:
                 return
             shown[0] = now
             step, start = first[0]
-            state = f"loss {event.metrics['loss']:.3f}"
+            loss = event.metrics["loss"]
+            state = f"loss {loss:.3f}" if math.isfinite(loss) else "started"
             if event.step > step:
                 rate = (event.step - step) / (now - start)
                 left = (event.steps - event.step) / rate
@@ -100,7 +102,7 @@ class LiveProgress:
         seconds = result["cost"]["seconds"]
         self._seconds.setdefault(run.row, []).append(seconds)
         if result["status"] == "diverged":
-            outcome = f"[red]diverged at step {result['diverged_step']}[/red]"
+            outcome = f"diverged at step {result['diverged_step']}"
         else:
             top1 = result["scores"]["test"]["top1"]
             outcome = (

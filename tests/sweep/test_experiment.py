@@ -69,7 +69,8 @@ def test_every_experiment_of_the_project_expands(path):
     loaded = experiment.load(path)
     assert len(loaded.runs) == len(loaded.spec.rows) * len(loaded.spec.seeds)
     assert f"cnnlab table experiments/{path.name}" in path.read_text()
-    assert loaded.spec.baseline in loaded.spec.rows
+    assert loaded.spec.baselines
+    assert set(loaded.spec.baselines) <= set(loaded.spec.rows)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
