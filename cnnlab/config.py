@@ -364,6 +364,22 @@ def from_plain(nested: Mapping[str, Any]) -> ConfigDict:
     )
 
 
+def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], now: str) -> str:
+    """The settings in which two plain configs differ, as text; empty where they agree.
+
+    Args:
+        theirs: the config found there.
+        ours: the config at hand, called `now` in the text (`"here"`, `"now"`).
+        now: see `ours`.
+    """
+    there, here = flatten(theirs), flatten(ours)
+    return ", ".join(
+        f"{key} ({there.get(key, 'absent')!r} there, {here.get(key, 'absent')!r} {now})"
+        for key in sorted(there.keys() | here.keys())
+        if there.get(key) != here.get(key)
+    )
+
+
 def identity(config: Mapping[str, Any]) -> str:
     """Ten hexadecimal digits that two configs share only if they agree in every setting."""
     return _hash(plain(config))

@@ -107,15 +107,10 @@ class RunFolder:
         if not file.exists():
             write_atomic(file, dump_json(config))
             return
-        theirs, ours = (config_lib.flatten(c) for c in (read_json(file), config))
-        different = [
-            f"{key} ({theirs.get(key, 'absent')!r} there, {ours.get(key, 'absent')!r} here)"
-            for key in sorted(theirs.keys() | ours.keys())
-            if theirs.get(key) != ours.get(key)
-        ]
+        different = config_lib.differences(read_json(file), config, "here")
         if different:
             raise CnnlabError(
-                f"{self.path} holds a run of another config: {', '.join(different[:5])}. "
+                f"{self.path} holds a run of another config: {different}. "
                 "Choose another folder, or remove this one"
             )
 

@@ -21,5 +21,5 @@ def get_config(argument: str = "") -> ConfigDict:
             "weight_decay": 0.05,
             "schedule": "one_cycle",
         },
-        train={"duration": "15 epochs", "batch_size": 128},
+        train={"duration": "12 epochs", "batch_size": 128, "checkpoint_every": "3 epochs"},
     )

@@ -56,17 +56,12 @@ def read(loaded: Loaded, folder: Path) -> list[dict[str, Any]]:
             continue
         result = record.read_json(file)
         if result["identity"] != run.identity:
-            theirs, ours = (
-                config_lib.flatten(c) for c in (result["config"], config_lib.plain(run.config))
+            different = config_lib.differences(
+                result["config"], config_lib.plain(run.config), "now"
             )
-            different = [
-                f"{key} ({theirs.get(key, 'absent')!r} there, {ours.get(key, 'absent')!r} now)"
-                for key in sorted(theirs.keys() | ours.keys())
-                if theirs.get(key) != ours.get(key)
-            ]
             raise CnnlabError(
-                f"{file} was made with other settings: {', '.join(different[:5])}. Train again "
-                "without --render, or restore the experiment file"
+                f"{file} was made with other settings: {different}. Train again without --render, "
+                "or restore the experiment file"
             )
         found.append(result)
     if not found:
