@@ -81,7 +81,7 @@ def truncated_data(project):
     folder.mkdir()
     for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
         (folder / f"{name}-ubyte.gz").write_bytes(
-            gzip.compress(b"\0\0\x08\x03" + b"\0" * 100)[:-20]
+            gzip.compress(b"\0\0\x08\x03" + b"\0" * 100, mtime=0)[:-20]
         )
 
 
