@@ -26,10 +26,18 @@ format: $(VENV)/installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-newest .cache .mypy_cache .pytest_cache .ruff_cache
+
+# A virtual environment of another Python than the one asked for is made anew.
+WANTED := $(shell $(PYTHON) -c 'import sys; print(sys.version.split()[0])')
+FOUND := $(shell $(VENV)/bin/python -c 'import sys; print(sys.version.split()[0])' 2>/dev/null)
+ifneq ($(WANTED),$(FOUND))
+.PHONY: $(VENV)/bin/python
+$(VENV)/installed $(VENV)/installed-dev: $(VENV)/bin/python
+endif
 
 $(VENV)/bin/python:
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv --clear $(VENV)
 
 $(VENV)/installed: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .

@@ -7,6 +7,10 @@ folder and renames it, so a kill at any time leaves the earlier checkpoints whol
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,15 +65,16 @@ class Checkpoints:
             monitored: the value that decides which checkpoint is best; `None` where it was not
                 measured at this step.
         """
-        self._checkpointer.wait()
-        # The copy keeps the saved values apart from buffers that the next step reuses.
-        self._checkpointer.save_async(
-            int(state.step),
-            _as_dict(_copy(state)),
-            metrics=None if monitored is None else {"monitored": monitored},
-            custom_metadata=note,
-            force=True,
-        )
+        with self._disk_errors():
+            self._checkpointer.wait()
+            # The copy keeps the saved values apart from buffers that the next step reuses.
+            self._checkpointer.save_async(
+                int(state.step),
+                _as_dict(_copy(state)),
+                metrics=None if monitored is None else {"monitored": monitored},
+                custom_metadata=note,
+                force=True,
+            )
 
     def restore(self, like: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
         """The state and the note of one checkpoint.
@@ -92,11 +97,23 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns when everything saved is on disk."""
-        self._checkpointer.wait()
+        with self._disk_errors():
+            self._checkpointer.wait()
 
     def close(self) -> None:
         """Waits, then frees the threads."""
-        self._checkpointer.close()
+        with self._disk_errors():
+            self._checkpointer.close()
+
+    @contextlib.contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        """A full disk reaches us as a ValueError of the storage library, told by its text alone."""
+        try:
+            yield
+        except ValueError as error:
+            if "No space left on device" not in str(error):
+                raise
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.folder)) from error
 
     def __enter__(self) -> Checkpoints:
         return self

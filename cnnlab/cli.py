@@ -30,7 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     1: anything else, with its traceback if `--traceback` is given.
     """
     parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
+    options, rest = parser.parse_known_args(
+        _joined(sys.argv[1:] if arguments is None else arguments)
+    )
     try:
         if getattr(options, "data_dir", None):
             os.environ["CNNLAB_DATA"] = options.data_dir
@@ -50,6 +52,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if getattr(options, "traceback", False):
             raise
         return _explain(error)
+
+
+def _joined(words: Sequence[str]) -> list[str]:
+    """Writes `--config.a.b c` as `--config.a.b=c`: argparse would take `c` for a positional."""
+    joined: list[str] = []
+    for word in words:
+        last = joined[-1] if joined else ""
+        setting = last.startswith(("--config.", "--model.")) and "=" not in last
+        if setting and not word.startswith("--"):
+            joined[-1] = f"{last}={word}"
+        else:
+            joined.append(word)
+    return joined
 
 
 def _explain(error: Exception) -> int:
@@ -137,15 +152,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _changes(rest: Sequence[str], options: argparse.Namespace) -> dict[str, str]:
-    """Reads `--config.a.b=c` and `--config.a.b c` (`--model.a` for `describe`)."""
+    """Reads `--config.a.b=c` (`--model.a=b` for `describe`)."""
     from cnnlab.types import CnnlabError
 
     prefixes: dict[Any, str] = {_train: "--config.", _describe: "--model."}
     prefix = prefixes.get(getattr(options, "command", None))
     changes: dict[str, str] = {}
-    waiting = list(rest)
-    while waiting:
-        word = waiting.pop(0)
+    for word in rest:
         if prefix is None or not word.startswith(prefix):
             hint = ""
             if prefix:
@@ -153,9 +166,7 @@ def _changes(rest: Sequence[str], options: argparse.Namespace) -> dict[str, str]
             raise CnnlabError(f"unknown argument {word!r}{hint}. See cnnlab --help")
         key, equals, value = word.removeprefix(prefix).partition("=")
         if not equals:
-            if not waiting or waiting[0].startswith("--"):
-                raise CnnlabError(f"{word}: expected a value, as in {word}=VALUE")
-            value = waiting.pop(0)
+            raise CnnlabError(f"{word}: expected a value, as in {word}=VALUE")
         if key in changes:
             raise CnnlabError(f"{prefix}{key} is given twice")
         changes[key] = value
@@ -269,8 +280,11 @@ def _table(options: argparse.Namespace, changes: dict[str, str]) -> int:
             return _complain(
                 "interrupted; the same command goes on where it was", 128 + stop.signal
             )
-        found = (executor.finished(run, options.runs) for run in loaded.runs)
-        records = [record for record in found if record is not None]
+        done = (executor.finished(run, options.runs) for run in loaded.runs)
+        here = {(r["row"], r["seed"]): r for r in done if r is not None}
+        # Cells that were run elsewhere, with these very settings, keep their place in the table.
+        kept = {(r["row"], r["seed"]): r for r in results.read(loaded, folder, skip_others=True)}
+        records = list((kept | here).values())
     written = results.write(loaded, records, folder)
     results.show(console, loaded, records)
     for path in written:
@@ -323,7 +337,7 @@ def _eval(options: argparse.Namespace, changes: dict[str, str]) -> int:
     folder = options.run if options.run.is_dir() else options.runs / options.run
     if not folder.is_dir():
         raise CnnlabError(f"no run {str(options.run)!r}; `cnnlab list runs` shows all")
-    config, program, state = run.restore(folder, Programs())
+    config, program, state, which = run.restore(folder, Programs())
     split = run.load_split(config, "test" if options.split == "test" else "train")
     stream = run.make_stream(config, run.load_split(config, "train"))
     positions = {
@@ -337,7 +351,8 @@ def _eval(options: argparse.Namespace, changes: dict[str, str]) -> int:
     if options.json:
         print(json.dumps(measured, indent=1, sort_keys=True))
     else:
-        results.print_scores(_console(), f"{folder.name}, {options.split} split", measured)
+        title = f"{folder.name}\n{options.split} split, {which}"
+        results.print_scores(_console(), title, measured)
     return 0
 
 

@@ -145,10 +145,12 @@ FIELDS: dict[str, dict[str, Field]] = {
         "initial": Field(
             0.04, "of one_cycle: the first rate as a part of the peak", "traced", low=0.0, high=1.0
         ),
-        "decay": Field(0.2, "of wsd: part of the run that decays", "traced", low=0.0, high=1.0),
+        "decay": Field(
+            0.2, "of wsd: part of the run after warm-up that decays", "traced", low=0.0, high=1.0
+        ),
         "ema_decay": Field(
             0.0,
-            "of the average of parameters that is scored; 0: none",
+            "of the average of parameters and batch statistics that is scored; 0: none",
             "traced",
             low=0.0,
             high=0.999999,
@@ -232,13 +234,15 @@ class Duration:
         return math.ceil(round(seen / batch_size, 10))
 
 
-def base(*, model: str = "", data: str = "", **sections: Mapping[str, Any]) -> ConfigDict:
+def base(
+    *, model: str | Mapping[str, Any] = "", data: str | Mapping[str, Any] = "", **sections: Any
+) -> ConfigDict:
     """A locked config with every default, the fields of the chosen plug-ins included.
 
     Args:
-        model: name of the network; the base's default where empty.
-        data: name of the data set; likewise.
-        **sections: settings by section, as in `optim={"learning_rate": 0.3}`.
+        model: name of the network, or its whole section as below; the default where empty.
+        data: name of the data set, likewise.
+        **sections: settings by section, as in `optim={"learning_rate": 0.3}`, and `seed`.
 
     Raises:
         CnnlabError: a name is unknown or a value does not fit.
@@ -249,10 +253,9 @@ def base(*, model: str = "", data: str = "", **sections: Mapping[str, Any]) -> C
     config.seed = SEED.default
     config.lock()
     changes: dict[str, Any] = {}
-    if model:
-        changes["model.name"] = model
-    if data:
-        changes["data.name"] = data
+    for section, settings in (("model", model), ("data", data)):
+        if settings:
+            sections[section] = {"name": settings} if isinstance(settings, str) else settings
     for section, settings in sections.items():
         if isinstance(settings, Mapping):
             changes |= {f"{section}.{key}": value for key, value in settings.items()}
@@ -284,9 +287,10 @@ def override(config: ConfigDict, changes: Mapping[str, Any], where: str) -> Conf
         if not name:
             config[section] = value
             continue
+        another = field.plugin and name == "name" and value != config[section].name
         with config.ignore_type():
             config[section][name] = value
-        if field.plugin and name == "name":
+        if another:
             _fill_plugin_fields(config, section)
     config.lock()
     return config
@@ -320,6 +324,11 @@ def resolve(config: ConfigDict, where: str) -> ConfigDict:
         raise CnnlabError(
             f"{where}: task.aux_weight: expected one weight, or one for each of the "
             f"{len(heads)} heads of model.aux {tuple(heads)}, got {tuple(weights)}"
+        )
+    if resolved.optim.schedule == "one_cycle" and parse_duration(resolved, "optim.warmup").count:
+        raise CnnlabError(
+            f"{where}: optim.warmup: schedule one_cycle has a rise of its own (optim.rise), so "
+            f"expected '0 epochs', got {resolved.optim.warmup!r}"
         )
     if list(resolved.optim.milestones) != sorted(resolved.optim.milestones):
         raise CnnlabError(

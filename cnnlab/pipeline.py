@@ -94,10 +94,16 @@ class Stream:
             batch_size: examples a step.
 
         Raises:
-            CnnlabError: less than one batch is left to train on.
+            CnnlabError: less than one batch is left to train on, or a part held out is so small
+                that it has no example.
         """
         order = np.asarray(jax.random.permutation(keys.key(seed, "split"), size), np.int32)
         held_out = round(size * validation)
+        if validation > 0 and not held_out:
+            raise CnnlabError(
+                f"data.validation: {validation:g} of {size} examples is none; give 0, or at least "
+                f"{1 / size:.2g}"
+            )
         if size - held_out < batch_size:
             raise CnnlabError(
                 f"train.batch_size: expected at most the {size - held_out} training examples, got "

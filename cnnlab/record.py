@@ -13,7 +13,8 @@ A run's folder holds
   `seed`, `identity`, `config`, `status` (`done` or `diverged`), `diverged_step`, `scores` (by
   split), `predictions` (predicted and true classes, `cnnlab.encoding`), `test_set`, `class_names`,
   `cost` (`parameters`, `macs`, `seconds`, `images_per_second`, `steps`, `examples`), `curves` (the
-  lines of `metrics.jsonl`), `code`, `environment`, `parameters_sha256`.
+  lines of `metrics.jsonl`), `code` (that finished it), `code_history` (all that trained it),
+  `environment`, `train_fingerprint`, `parameters_sha256` (not of a diverged run).
 
 Files are written whole, to a temporary name and then renamed, except the two that grow by lines; a
 line that a kill cut short is dropped when the run goes on.
@@ -202,7 +203,7 @@ def _lock(path: Path) -> BinaryIO:
     file = open(path, "a+b")  # noqa: SIM115 - held as long as the run
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         file.seek(0)
         holder = file.read().decode() or "another process"
         file.close()
@@ -252,6 +253,15 @@ def code_version() -> dict[str, Any]:
         "dirty": bool(git("status", "--porcelain", "--", str(package))) if ours else False,
         "digest": digest.hexdigest()[:12],
     }
+
+
+def version_text() -> str:
+    """The code and the JAX that run now, on one line."""
+    code = code_version()
+    commit = (
+        f" {code['commit']}{' with changes' if code['dirty'] else ''}" if code["commit"] else ""
+    )
+    return f"{code['version']}{commit} (sources {code['digest']}), jax {jax.__version__}"
 
 
 def environment(devices: int) -> dict[str, Any]:

@@ -67,7 +67,7 @@ class TrainState:
         params: trained parameters.
         batch_stats: running statistics of normalisation, `{}` where there is none.
         opt_state: the optimizer's state.
-        ema: exponential moving average of `params`, or `None`.
+        ema: exponential moving averages, `{"params": ..., "batch_stats": ...}`, or `None`.
     """
 
     step: jax.Array

@@ -76,6 +76,14 @@ def experiment(old, new):
     return change
 
 
+def no_validation(project):
+    experiment('("top1",)', '("validation_top1",)')(project)
+    file = project / "experiments" / "rates.py"
+    file.write_text(
+        file.read_text().replace('data="digits"', 'data={"name": "digits", "validation": 0.0}')
+    )
+
+
 def truncated_data(project):
     folder = project / "data"
     folder.mkdir()
@@ -157,6 +165,15 @@ CASES = {
     "unknown key in a row": (experiment("optim.learning_rate", "optim.lr"), TABLE, r"rates.py, row 'two': unknown key 'optim.lr'"),
     "seed set by a row": (experiment('"one": {}', '"one": {"seed": 1}'), TABLE, r"row 'one': a row can't set the seed"),
     "seeds twice": (experiment("range(2)", "(1, 1)"), TABLE, r"seeds: expected at least one, all different"),
+    "seeds that are a number": (experiment("range(2)", "3"), TABLE, r"rates.py, line 10: seeds: expected whole numbers, as in range\(3\)"),
+    "base that is no config": (experiment("base=base", "base={}"), TABLE, r"base: expected an ml_collections.ConfigDict.*got dict"),
+    "rows that are a list": (experiment('rows={"one": {}, "two": {"optim.learning_rate": 0.2}}', 'rows=["one"]'), TABLE, r"rows: expected a dict of row name"),
+    "row without settings": (experiment('"one": {}', '"one": None'), TABLE, r"rows: expected a name and a dict of changed settings, got 'one': None"),
+    "column without its split": (no_validation, TABLE, r"row 'one': column 'validation_top1' needs a validation split"),
+    "augmentation out of range": (experiment('"one": {}', '"one": {"augment.transforms": ("crop(padding=0)",)}'), TABLE, r"row 'one': crop: padding: expected at least 1 pixel"),
+    "validation split of nothing": (nothing, f"{TRAIN} --config.data.validation=1e-5", r"data.validation: 1e-05 of 1437 examples is none"),
+    "warm-up as long as the run": (nothing, [*TRAIN.split(), "--config.optim.warmup=4 steps"], r"optim.warmup: expected less than the 4 steps"),
+    "warm-up of one_cycle": (nothing, [*TRAIN.split(), "--config.optim.schedule=one_cycle", "--config.optim.warmup=1 steps"], r"one_cycle has a rise of its own"),
     "unknown baseline": (experiment('baseline="one"', 'baseline="oen"'), TABLE, r"unknown baseline 'oen' \(did you mean 'one'"),
     "unknown column": (experiment('("top1",)', '("topl",)'), TABLE, r"unknown column 'topl' \(did you mean .*'top1'"),
     "unknown row asked for": (nothing, f"{TABLE} --rows tow", r"no row 'tow' \(did you mean 'two'"),

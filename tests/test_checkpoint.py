@@ -1,5 +1,7 @@
 """Checkpoints: exact, on any devices, keeping the latest and the best."""
 
+import errno
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +20,7 @@ def state(step=0, devices=1, ema=False, width=3):
         params=params,
         batch_stats={},
         opt_state=optax.adam(0.1).init(params),
-        ema=jax.tree.map(lambda x: x / 3, params) if ema else None,
+        ema={"params": jax.tree.map(lambda x: x / 3, params)} if ema else None,
     )
     return jax.device_put(made, parallel.replicated(parallel.make_mesh(devices)))
 
@@ -57,6 +59,22 @@ def test_a_saved_state_may_be_donated_at_once(tmp_path):
     assert same(restored, state(3))
 
 
+def test_a_full_disk_is_an_os_error_that_names_the_folder(tmp_path, monkeypatch):
+    with Checkpoints(tmp_path, best="max") as checkpoints:
+
+        def full(*_, **__):
+            raise ValueError("RESOURCE_EXHAUSTED: ... No space left on device [os_error_code='28']")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoints._checkpointer, "save_async", full)
+            with pytest.raises(OSError, match="No space left") as caught:
+                checkpoints.save(state(1), {}, None)
+        assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path))
+        checkpoints.save(state(2), {}, None)
+        checkpoints.wait()
+        assert checkpoints.steps == [2]
+
+
 @pytest.mark.parametrize(("best", "kept"), [("max", [2, 4]), ("min", [1, 4])])
 def test_the_latest_and_the_best_are_kept(tmp_path, best, kept):
     with Checkpoints(tmp_path, best=best) as checkpoints:
@@ -70,7 +88,7 @@ def test_the_latest_and_the_best_are_kept(tmp_path, best, kept):
     ("other", "message"),
     [
         (lambda: state(0, width=4), r"params/layer/kernel: saved \(2, 3\), expected \(2, 4\)"),
-        (lambda: state(0, ema=True), r"ema/layer/kernel: saved nothing, expected \(2, 3\)"),
+        (lambda: state(0, ema=True), r"ema/params/layer/kernel: saved nothing, expected \(2, 3\)"),
     ],
 )
 def test_another_tree_is_told_leaf_by_leaf(tmp_path, other, message):

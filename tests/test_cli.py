@@ -105,6 +105,14 @@ def test_a_part_of_a_table_names_what_is_missing(project, capsys):
     assert re.search(r"[Mm]issing.*slow", table)
     assert len(list((project / "runs").iterdir())) == 1
 
+    # What was run elsewhere with these settings, and came here as a result, keeps its place.
+    (project / "runs").rename(project / "elsewhere")
+    assert cli.main(["table", "experiments/rates.py", "--rows", "slow", "--seeds", "1"]) == 0
+    files = {p.name for p in (project / "results" / "rates" / "runs").iterdir()}
+    assert files == {"fast-s0.json", "slow-s1.json"}
+    table = (project / "results" / "rates" / "table.md").read_text()
+    assert "Missing: slow seed 0; [fast] seed 1" in table
+
 
 def test_a_dry_run_tells_and_trains_nothing(project, capsys):
     assert cli.main(["table", "experiments/rates.py", "--dry-run"]) == 0
@@ -158,7 +166,7 @@ def test_every_list_lists_something(what, root, monkeypatch, capsys, tmp_path):
 def test_describe_counts_lenets_parameters(capsys):
     assert cli.main(["describe", "lenet5", "--input", "28x28x1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["parameters"] == 61706
-    assert cli.main(["describe", "vgg_small", "--model.width=8", "--model.pools", "1"]) == 0
+    assert cli.main(["describe", "--model.width=8", "--model.pools", "1", "vgg_small"]) == 0
     assert "stage1_conv1" in capsys.readouterr().out
 
 

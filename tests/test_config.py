@@ -155,3 +155,9 @@ def test_assignments_in_a_file_are_checked_too():
 def test_a_config_that_lacks_a_section_is_refused():
     with pytest.raises(CnnlabError, match="'data' is missing"):
         config.resolve(ConfigDict({"optim": {}}), "my.py")
+
+
+def test_naming_the_same_model_again_keeps_its_settings():
+    made = config.base(model={"name": "vgg_small", "norm": "none"})
+    again = config.override(made, {"model.name": "vgg_small", "model.pools": 1}, "t")
+    assert (again.model.norm, again.model.pools) == ("none", 1)

@@ -355,7 +355,7 @@ def write_all(
     runs = {name: of_row for name, of_row in runs.items() if of_row}
     if not runs:
         return []
-    shown = row if row is not None else _best(runs)
+    shown = row if row is not None else shown_row(spec, records)
     written = []
     for name in which:
         if name == "score_cost":
@@ -390,8 +390,17 @@ def _errs(of_row: Mapping[int, Record]) -> bool:
     return any(not tables.correct(record).all() for record in of_row.values()) or not of_row
 
 
+def shown_row(spec: TableSpec, records: Iterable[Record]) -> str:
+    """The row whose confusion matrix and mistakes `write_all` draws where none is named.
+
+    It is the one with the best mean validation top-1 (the test split selects nothing), or the last
+    one where some run has no validation split. At least one run must be done.
+    """
+    return _best(_finished(spec, records))
+
+
 def _best(runs: Mapping[str, Mapping[int, Record]]) -> str:
-    if any(not r["scores"]["validation"] for of_row in runs.values() for r in of_row.values()):
+    if any(not r["scores"].get("validation") for of_row in runs.values() for r in of_row.values()):
         return list(runs)[-1]
     means = {
         name: summarise(tables.values_of("validation_top1", of_row.values())).mean

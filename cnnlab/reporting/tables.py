@@ -149,6 +149,7 @@ class TableSpec:
             `"bootstrap"` or `"mcnemar"`.
         varied: dotted config keys in which rows may differ. A key covers all below it: `model`
             covers `model.depth`.
+        command: what makes the table again; printed below it.
     """
 
     name: str
@@ -161,6 +162,7 @@ class TableSpec:
     published_source: str = ""
     test: Literal["auto", "bootstrap", "mcnemar"] = "auto"
     varied: tuple[str, ...] = ()
+    command: str = ""
 
     def __post_init__(self) -> None:
         """Checks that every name is known and stands once."""
@@ -572,17 +574,24 @@ def _notes(
     if spec.published:
         yield f"Published: {spec.published_source}. Difference: ours minus published."
     for label, describe, consequence in (
-        ("Code", _code, "the rows were made by different code"),
-        ("Environment", _environment, "the rows were made in different environments"),
+        ("Code", _code, "the runs were made by different code"),
+        ("Environment", _environment, "the runs were made in different environments"),
     ):
         versions = _grouped((describe(record), record["row"]) for record in everything)
         if versions:
             counted = (f"{what}, {_plural(len(n), 'run')}" for what, n in versions.items())
             yield f"{label}: {'; '.join(counted)}."
-        if len({frozenset(describe(r) for r in of_row.values())
-                for of_row in runs.values() if of_row}) > 1:  # fmt: skip
+        if len(versions) > 1:
             of = "; ".join(f"{what}: {_listed(dict.fromkeys(n))}" for what, n in versions.items())
             yield f"Warning: {consequence}: {of}."
+    for record in everything:
+        if len(record.get("code_history", ())) > 1:
+            yield (
+                f"Warning: {record['row']} seed {record['seed']} was trained by several versions "
+                f"of the code, one after another: {'; '.join(record['code_history'])}."
+            )
+    if spec.command:
+        yield f"Made by: {spec.command}"
 
 
 def _grouped(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:

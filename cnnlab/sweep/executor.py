@@ -13,13 +13,13 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
+from cnnlab import augment, record
 from cnnlab import config as config_lib
-from cnnlab import record
 from cnnlab.sweep.experiment import Run
 from cnnlab.training import loop, optim, trackers
 from cnnlab.training import run as run_lib
 from cnnlab.training.step import Programs
-from cnnlab.types import CnnlabError
+from cnnlab.types import Batch, CnnlabError
 
 
 class Progress(Protocol):
@@ -76,6 +76,7 @@ def execute(
         CnnlabError: something does not fit.
         loop.Interrupted: `should_stop` said so.
     """
+    record.code_version()  # before anything can change the sources on disk
     records: dict[str, dict[str, Any]] = {}
     waiting: dict[str, list[Run]] = {}
     for run in runs:
@@ -86,7 +87,8 @@ def execute(
             records[run.identity] = result
             progress.end(run, result)
     for cohort in waiting.values():
-        _check(cohort[0], programs)
+        for run in cohort:
+            _check(run, programs, first=run is cohort[0])
     for cohort in waiting.values():
         for run in cohort:
             if run.identity not in records:
@@ -102,15 +104,33 @@ def execute(
     return [records[run.identity] | {"row": run.row} for run in runs]
 
 
-def _check(run: Run, programs: Programs) -> None:
-    """Traces the model over the data's shape: a misfit shows at once and not hours later."""
+def _check(run: Run, programs: Programs, *, first: bool) -> None:
+    """Finds at once what would fail hours later: data, durations, and a traced model.
+
+    Args:
+        run: a run to be done.
+        programs: shared.
+        first: whether the run is the first of its cohort, for which the program is traced.
+    """
+    config = run.config
     try:
-        split = run_lib.load_split(run.config, "train")
-        run_lib.make_stream(run.config, split)
-        program = programs.get(run.config, split.info, config_lib.program(run.config))
-        example = jax.ShapeDtypeStruct((1, *split.info.image_shape), jnp.float32)
-        rngs = {"params": jax.random.key(0), "dropout": jax.random.key(0)}
-        jax.eval_shape(functools.partial(program.module.init, train=True), rngs, example)
+        split = run_lib.load_split(config, "train")
+        run_lib.load_split(config, "test")
+        stream = run_lib.make_stream(config, split)
+        optim.hyper(config, examples=len(stream.train))
+        if not first:
+            return
+        program = programs.get(config, split.info, config_lib.program(config))
+        images = jax.ShapeDtypeStruct((1, *split.info.image_shape), jnp.float32)
+        example = Batch(
+            images,  # type: ignore[arg-type]
+            jax.ShapeDtypeStruct((1,), jnp.int32),  # type: ignore[arg-type]
+            jax.ShapeDtypeStruct((1,), jnp.float32),  # type: ignore[arg-type]
+        )
+        key = jax.random.key(0)
+        jax.eval_shape(augment.compose(tuple(config.augment.transforms)), key, example)
+        rngs = {"params": key, "dropout": key}
+        jax.eval_shape(functools.partial(program.module.init, train=True), rngs, images)
     except CnnlabError as error:
         raise CnnlabError(f"row {run.row!r}: {error}") from error
 
@@ -144,7 +164,7 @@ def plan(runs: Sequence[Run], runs_folder: Path, programs: Programs) -> list[Pla
     results = {run.identity: finished(run, runs_folder) for run in runs}
     for run in runs:
         result = results[run.identity]
-        if result is not None and result["cost"]["images_per_second"] > 0:
+        if result is not None and result["status"] == "done":
             known.setdefault(config_lib.program(run.config), result["cost"]["images_per_second"])
     plans = []
     for run in runs:

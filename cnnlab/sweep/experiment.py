@@ -47,6 +47,29 @@ class Experiment:
     published_source: str = ""
     figures: Sequence[str] = ("score_cost", "curves", "confusion", "mistakes")
 
+    def __post_init__(self) -> None:
+        """Checks the types, so that a slip is told where it was made."""
+        if not isinstance(self.base, ConfigDict):
+            raise CnnlabError(
+                "base: expected an ml_collections.ConfigDict made by cnnlab.config.base(), got "
+                f"{type(self.base).__name__}"
+            )
+        if not isinstance(self.rows, Mapping):
+            raise CnnlabError(
+                'rows: expected a dict of row name -> changed settings, as in {"a": {}}, got '
+                f"{self.rows!r}"
+            )
+        for name, changes in self.rows.items():
+            if not isinstance(name, str) or not isinstance(changes, Mapping):
+                raise CnnlabError(
+                    f"rows: expected a name and a dict of changed settings, got {name!r}: "
+                    f"{changes!r}"
+                )
+        if not isinstance(self.seeds, Iterable) or not all(isinstance(s, int) for s in self.seeds):
+            raise CnnlabError(
+                f"seeds: expected whole numbers, as in range(3) or (0, 1, 2), got {self.seeds!r}"
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -129,6 +152,13 @@ def load(path: Path) -> Loaded:
             config = config_lib.override(made.base, {**changed, "seed": seed}, where)
             config = config_lib.resolve(config, where)
             runs.append(Run(row, seed, config, config_lib.identity(config)))
+    for column in made.columns:
+        unvalidated = [run.row for run in runs if not run.config.data.validation]
+        if column.startswith("validation_") and unvalidated:
+            raise CnnlabError(
+                f"{path}, row {unvalidated[0]!r}: column {column!r} needs a validation split, but "
+                "data.validation is 0"
+            )
     try:
         spec = tables.TableSpec(
             name=path.stem,
@@ -140,6 +170,7 @@ def load(path: Path) -> Loaded:
             published={row: dict(numbers) for row, numbers in made.published.items()},
             published_source=made.published_source,
             varied=_varied(runs),
+            command=f"cnnlab table {path.resolve().parent.name}/{path.name}",
         )
     except CnnlabError as error:
         raise CnnlabError(f"{path}: {error}") from error

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from cnnlab import config as config_lib
-from cnnlab import pipeline, record
+from cnnlab import record
 from cnnlab.reporting import figures, tables
 from cnnlab.sweep.executor import Plan
-from cnnlab.sweep.experiment import Loaded, Run
+from cnnlab.sweep.experiment import Loaded
 from cnnlab.training import run as run_lib
 from cnnlab.types import CnnlabError
 
@@ -26,36 +28,41 @@ def write(loaded: Loaded, records: Sequence[dict[str, Any]], folder: Path) -> li
         CnnlabError: the records can't stand in one table; then nothing is written.
     """
     table = tables.build(loaded.spec, records)
-    names = {_file_name(r["row"], r["seed"]): r for r in records}
-    if len(names) < len(records):
-        raise CnnlabError(f"{loaded.name}: two rows have the same name but for punctuation")
-    for name, result in names.items():
-        record.write_atomic(folder / "runs" / name, record.dump_json(result))
-    for stale in set((folder / "runs").glob("*.json")) - {folder / "runs" / name for name in names}:
-        stale.unlink()
+    names = file_names(loaded)
+    for result in records:
+        file = folder / "runs" / names[result["row"], result["seed"]]
+        record.write_atomic(file, record.dump_json(result))
+    # Rows and seeds that the experiment no longer has; what it has, but was not run here, stays.
+    for stale in {p.name for p in (folder / "runs").glob("*.json")} - set(names.values()):
+        (folder / "runs" / stale).unlink()
     written = list(tables.write(table, folder))
-    test = _test_split(loaded.runs[0])
-    drawable = [r for r in records if r["status"] == "done"]
-    if drawable:
-        written += figures.write_all(
-            loaded.spec, drawable, folder, test.examples.images, which=loaded.figures
-        )
+    if any(result["status"] == "done" for result in records):
+        images = _test_images(loaded, records) if "mistakes" in loaded.figures else None
+        written += figures.write_all(loaded.spec, records, folder, images, which=loaded.figures)
     return written
 
 
-def read(loaded: Loaded, folder: Path) -> list[dict[str, Any]]:
+def read(loaded: Loaded, folder: Path, *, skip_others: bool = False) -> list[dict[str, Any]]:
     """The records under `results/`, each checked against the experiment as it stands now.
+
+    Args:
+        loaded: the experiment.
+        folder: its folder under `results/`.
+        skip_others: leave out what was made with other settings, instead of raising.
 
     Raises:
         CnnlabError: one was made with other settings; the message names them.
     """
     found = []
+    names = file_names(loaded)
     for run in loaded.runs:
-        file = folder / "runs" / _file_name(run.row, run.seed)
+        file = folder / "runs" / names[run.row, run.seed]
         if not file.exists():
             continue
         result = record.read_json(file)
         if result["identity"] != run.identity:
+            if skip_others:
+                continue
             different = config_lib.differences(
                 result["config"], config_lib.plain(run.config), "now"
             )
@@ -63,8 +70,8 @@ def read(loaded: Loaded, folder: Path) -> list[dict[str, Any]]:
                 f"{file} was made with other settings: {different}. Train again without --render, "
                 "or restore the experiment file"
             )
-        found.append(result)
-    if not found:
+        found.append(result | {"row": run.row})
+    if not found and not skip_others:
         raise CnnlabError(f"{folder}/runs holds no results yet; train without --render")
     return found
 
@@ -119,10 +126,35 @@ def print_plan(console: Console, plans: Sequence[Plan]) -> None:
     )
 
 
-def _test_split(run: Run) -> pipeline.Split:
-    return run_lib.load_split(run.config, "test")
+def file_names(loaded: Loaded) -> dict[tuple[str, int], str]:
+    """(row, seed) -> the name of its file.
+
+    That is the row's name in plain letters, with a checksum of it where two rows would share one.
+    """
+    slugs = {row: re.sub(r"[^a-z0-9]+", "-", row.lower()).strip("-") for row in loaded.spec.rows}
+    shared = {slug for slug in slugs.values() if list(slugs.values()).count(slug) > 1 or not slug}
+    for row, slug in slugs.items():
+        if slug in shared:
+            slugs[row] = f"{slug}-{zlib.crc32(row.encode()):08x}"
+    return {
+        (row, seed): f"{slug}-s{seed}.json"
+        for row, slug in slugs.items()
+        for seed in loaded.spec.seeds
+    }
 
 
-def _file_name(row: str, seed: int) -> str:
-    slug = re.sub(r"[^a-z0-9]+", "-", row.lower()).strip("-")
-    return f"{slug}-s{seed}.json"
+def _test_images(loaded: Loaded, records: Sequence[dict[str, Any]]) -> np.ndarray:
+    """The test images that the figure of mistakes shows: those of the row that it shows.
+
+    Raises:
+        CnnlabError: the data set here is not the one that was scored.
+    """
+    row = figures.shown_row(loaded.spec, records)
+    test = run_lib.load_split(next(r for r in loaded.runs if r.row == row).config, "test")
+    scored = next(r["test_set"]["fingerprint"] for r in records if r["row"] == row)
+    if test.fingerprint != scored:
+        raise CnnlabError(
+            f"row {row!r}: the test images of {test.info.name} here (fingerprint "
+            f"{test.fingerprint}) are not those that were scored ({scored})"
+        )
+    return test.examples.images

@@ -14,13 +14,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cnnlab import config as config_lib
+from cnnlab import record
 from cnnlab.checkpoint import Checkpoints
 from cnnlab.evaluation import scores
 from cnnlab.pipeline import Split, Stream
 from cnnlab.record import RunFolder
 from cnnlab.training import optim
 from cnnlab.training.step import Program
-from cnnlab.types import PyTree, TrainState
+from cnnlab.types import CnnlabError, PyTree, TrainState
 
 # Metrics are read this many steps late, so that the host never waits for the newest step.
 LAG = 2
@@ -64,6 +65,8 @@ class Note:
         best_step: the step that had it.
         waited: evaluations since then.
         seconds: training time so far.
+        code: the code and JAX versions that trained it, in order.
+        data: fingerprint of the training split.
     """
 
     sums: dict[str, list[float]] = dataclasses.field(default_factory=dict)
@@ -71,6 +74,8 @@ class Note:
     best_step: int | None = None
     waited: int = 0
     seconds: float = 0.0
+    code: list[str] = dataclasses.field(default_factory=list)
+    data: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,9 +113,11 @@ def due(step: int, every: config_lib.Duration, *, batch_size: int, examples: int
     return bool(after > before)
 
 
-def scored_parameters(state: TrainState) -> PyTree:
-    """The parameters that count: the average where there is one."""
-    return state.params if state.ema is None else state.ema
+def scored(state: TrainState) -> tuple[PyTree, PyTree]:
+    """The parameters and batch statistics that count: the averages where there are any."""
+    if state.ema is None:
+        return state.params, state.batch_stats
+    return state.ema["params"], state.ema["batch_stats"]
 
 
 def fit(
@@ -138,6 +145,7 @@ def fit(
 
     Raises:
         Interrupted: `should_stop` said so.
+        CnnlabError: the data are not those that the run began with.
     """
     hyper = optim.hyper(config, examples=len(stream.train))
     seed = jnp.int32(config.seed)
@@ -146,6 +154,14 @@ def fit(
     if checkpoints.steps:
         state, saved = checkpoints.restore(state, checkpoints.steps[-1])
         note = Note(**saved)
+        if note.data != split.fingerprint:
+            raise CnnlabError(
+                f"{folder.path}: the training images of {split.info.name} are not those that this "
+                "run began with; restore them, or remove the folder to begin anew"
+            )
+    note.data = split.fingerprint
+    if (version := record.version_text()) not in note.code:
+        note.code.append(version)
     step = int(state.step)
     folder.rewind(step)
     sizes = {"batch_size": config.train.batch_size, "examples": len(stream.train)}
@@ -186,9 +202,9 @@ def fit(
                         raise _Diverged(number)
 
     def evaluate() -> dict[str, float]:
-        params = scored_parameters(state)
+        params, batch_stats = scored(state)
         logits = scores.predict(
-            lambda positions: program.logits(params, state.batch_stats, split.images, positions),
+            lambda positions: program.logits(params, batch_stats, split.images, positions),
             stream.validation,
             config.eval.batch_size,
         )
@@ -207,7 +223,14 @@ def fit(
 
     emit("start")
     improved, saved_step = False, step if checkpoints.steps else None
-    started = time.perf_counter()
+    started: float | None = time.perf_counter()
+
+    def stop_clock() -> None:
+        nonlocal started
+        if started is not None:
+            note.seconds += time.perf_counter() - started
+        started = None
+
     try:
         while step < steps and not 0 < config.train.patience <= note.waited:
             state, packed = update(state, step)
@@ -222,7 +245,7 @@ def fit(
                 continue
             read(leave=0)
             jax.block_until_ready(state)
-            note.seconds += time.perf_counter() - started
+            stop_clock()
             improved, validation = False, {}
             if happens["eval"] and len(stream.validation):
                 validation = evaluate()
@@ -243,7 +266,7 @@ def fit(
         if saved_step != step:
             checkpoints.save(state, dataclasses.asdict(note), None)
     except _Diverged as divergence:
-        note.seconds += time.perf_counter() - started
+        stop_clock()
         emit("end")
         return Outcome(state, note, divergence.step)
     checkpoints.wait()

@@ -13,7 +13,7 @@ import optax
 from ml_collections import ConfigDict
 
 from cnnlab import config as config_lib
-from cnnlab.types import Hyper, PyTree
+from cnnlab.types import CnnlabError, Hyper, PyTree
 
 
 def hyper(config: ConfigDict, *, examples: int) -> Hyper:
@@ -22,6 +22,9 @@ def hyper(config: ConfigDict, *, examples: int) -> Hyper:
     Args:
         config: a resolved config.
         examples: how many examples an epoch has.
+
+    Raises:
+        CnnlabError: the warm-up is as long as the run.
     """
     values: dict[str, np.ndarray] = {}
     batch_size = config.train.batch_size
@@ -41,6 +44,12 @@ def hyper(config: ConfigDict, *, examples: int) -> Hyper:
         ),
         np.float32,
     )
+    if values["optim.warmup"] >= values["train.steps"]:
+        raise CnnlabError(
+            f"optim.warmup: expected less than the {values['train.steps']:.0f} steps of "
+            f"train.duration {config.train.duration!r}, got {config.optim.warmup!r} "
+            f"({values['optim.warmup']:.0f} steps)"
+        )
     return Hyper({key: jnp.array(value) for key, value in values.items()})
 
 
@@ -55,8 +64,8 @@ def learning_rate(kind: str, step: jax.Array, hyper: Hyper) -> jax.Array:
     - `cosine`: from peak to final·peak by (1 + cos(pi p)) / 2 (Loshchilov & Hutter 2017);
     - `one_cycle`: from initial·peak up to peak over the first `rise` of the run, then down to
       final·peak, both by half a cosine (Smith & Topin 2018);
-    - `wsd`: peak, then linearly down to final·peak over the last `decay` of the run, so
-      warm-up, stable, decay (Hu et al. 2024).
+    - `wsd`: peak, then linearly down to final·peak over the last `decay` of what follows the
+      warm-up: warm-up, stable, decay (Hu et al. 2024).
     """
     step = jnp.asarray(step, jnp.float32)
     peak, total = hyper["optim.learning_rate"], hyper["train.steps"]
@@ -137,12 +146,12 @@ def optimizer(config: ConfigDict, hyper: Hyper, rate: jax.Array) -> optax.Gradie
     return optax.chain(*clip, *chains[config.optim.name])
 
 
-def average(ema: PyTree, params: PyTree, step: jax.Array, decay: jax.Array) -> PyTree:
-    """The exponential moving average of parameters after update `step`.
+def average(ema: PyTree, current: PyTree, step: jax.Array, decay: jax.Array) -> PyTree:
+    """The exponential moving average of a tree after update `step`.
 
     The decay is min(decay, (1 + step) / (10 + step)), so that the first, random, parameters do not
     weigh on short runs (as TensorFlow's ExponentialMovingAverage has it).
     """
     step = jnp.asarray(step, jnp.float32)
     decay = jnp.minimum(decay, (1 + step) / (10 + step))
-    return jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)
+    return jax.tree.map(lambda e, x: decay * e + (1 - decay) * x, ema, current)

@@ -71,6 +71,7 @@ def train(
         CnnlabError: the folder is another run's, or something does not fit.
         loop.Interrupted: `should_stop` said so; the run goes on at the next call.
     """
+    record.code_version()  # before anything can change the sources on disk
     with record.RunFolder(path, config) as folder:
         finished = record.read_result(path)
         if finished is not None:
@@ -98,11 +99,11 @@ def train(
         return result
 
 
-def restore(path: Path, programs: Programs) -> tuple[ConfigDict, Program, TrainState]:
-    """The config, the functions and the scored state of a run's folder.
+def restore(path: Path, programs: Programs) -> tuple[ConfigDict, Program, TrainState, str]:
+    """The config, the functions and the scored state of a run's folder, and which state that is.
 
     Raises:
-        CnnlabError: it is no run's folder, or has no checkpoint yet.
+        CnnlabError: it is no run's folder, has no checkpoint yet, or lacks its best one.
     """
     file = path / "config.json"
     if not file.exists():
@@ -116,10 +117,17 @@ def restore(path: Path, programs: Programs) -> tuple[ConfigDict, Program, TrainS
         if not checkpoints.steps:
             raise CnnlabError(f"{path} has no checkpoint yet; train the run first")
         like = program.init(config.seed, hyper)
-        state, note = checkpoints.restore(like, checkpoints.steps[-1])
-        if config.train.keep == "best" and note["best_step"] in checkpoints.steps:
-            state, _ = checkpoints.restore(like, note["best_step"])
-    return config, program, state
+        step = checkpoints.steps[-1]
+        state, note = checkpoints.restore(like, step)
+        which = "last"
+        if config.train.keep == "best" and note["best_step"]:
+            step, which = note["best_step"], "best"
+            if step not in checkpoints.steps:
+                raise CnnlabError(f"{path}: the best checkpoint, of step {step}, is missing")
+            state, _ = checkpoints.restore(like, step)
+    result = record.read_result(path)
+    status = "unfinished" if result is None else result["status"]
+    return config, program, state, f"{which} checkpoint, step {step} of a run that is {status}"
 
 
 def score(
@@ -130,9 +138,9 @@ def score(
     positions: np.ndarray,
 ) -> tuple[dict[str, Any], np.ndarray]:
     """All scores over some examples of a split, and their logits [n, K]."""
-    params = loop.scored_parameters(state)
+    params, batch_stats = loop.scored(state)
     logits = scores.predict(
-        lambda taken: program.logits(params, state.batch_stats, split.images, taken),
+        lambda taken: program.logits(params, batch_stats, split.images, taken),
         positions,
         config.eval.batch_size,
     )
@@ -164,7 +172,7 @@ def _result(
     info = split.info
     parameters, macs = _costs(config_lib.program(config), program.module, info.image_shape)
     steps = outcome.diverged_step or int(outcome.state.step)
-    examples = int(outcome.state.step) * config.train.batch_size
+    examples = steps * config.train.batch_size
     result: dict[str, Any] = {
         "schema": record.SCHEMA,
         "row": row,
@@ -187,8 +195,9 @@ def _result(
             {k: v for k, v in line.items() if math.isfinite(v)} for line in folder.metrics()
         ],
         "code": record.code_version(),
+        "code_history": outcome.note.code,
         "environment": record.environment(program.mesh.size),
-        "parameters_sha256": record.parameters_sha256(state.params, state.batch_stats, state.ema),
+        "train_fingerprint": split.fingerprint,
     }
     test = load_split(config, "test")
     result["test_set"] = {
@@ -199,6 +208,9 @@ def _result(
     }
     if outcome.diverged_step is not None:
         return result
+    result["parameters_sha256"] = record.parameters_sha256(
+        state.params, state.batch_stats, state.ema
+    )
     everything = np.arange(len(test), dtype=np.int32)
     measured, logits = score(config, program, state, test, everything)
     if not np.isfinite(logits).all():  # the very last update broke it

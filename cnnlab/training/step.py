@@ -76,15 +76,18 @@ def make_program(config: ConfigDict, info: DatasetInfo) -> Program:
         return images[jax.lax.with_sharding_constraint(indices, split)].astype(jnp.float32) / 255
 
     def init_state(variables: PyTree, hyper: Hyper) -> TrainState:
-        params = variables["params"]
+        params, batch_stats = variables["params"], variables.get("batch_stats", {})
         rate = optim.learning_rate(config.optim.schedule, jnp.int32(0), hyper)
         return TrainState(
             step=jnp.int32(0),
             params=params,
-            batch_stats=variables.get("batch_stats", {}),
+            batch_stats=batch_stats,
             opt_state=optim.optimizer(config, hyper, rate).init(params),
-            ema=params if config.optim.ema_decay > 0 else None,
+            ema=averaged(params, batch_stats) if config.optim.ema_decay > 0 else None,
         )
+
+    def averaged(params: PyTree, batch_stats: PyTree) -> PyTree:
+        return {"params": params, "batch_stats": batch_stats}
 
     place = jax.jit(init_state, out_shardings=everywhere)
 
@@ -137,7 +140,9 @@ def make_program(config: ConfigDict, info: DatasetInfo) -> Program:
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
         if ema is not None:
-            ema = optim.average(ema, params, state.step, hyper["optim.ema_decay"])
+            # Statistics of the averaged network's activations are averaged like its parameters.
+            current = averaged(params, batch_stats)
+            ema = optim.average(ema, current, state.step, hyper["optim.ema_decay"])
         count = batch.weights.sum()
         measured = {"loss": (loss * count, count)} | task.metrics(outputs, batch)
         measured["learning_rate"] = (rate, jnp.ones(()))

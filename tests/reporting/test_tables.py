@@ -362,6 +362,11 @@ def test_every_column_reads_a_record(records):
     assert top1.std == pytest.approx(error.std)
 
 
+def test_the_command_stands_below_the_table(records):
+    table = tables.build(spec(command="cnnlab table experiments/demo.py"), records)
+    assert table.notes[-1] == "Made by: cnnlab table experiments/demo.py"
+
+
 def test_with_several_baselines_each_block_has_its_own(run):
     rows = {"a": 0.70, "a+": 0.90, "b": 0.90, "b+": 0.90}
     records = [run(row, seed, accuracy) for row, accuracy in rows.items() for seed in range(3)]

@@ -43,6 +43,7 @@ def test_rows_times_seeds(tmp_path):
     assert loaded.runs[2].config.optim.learning_rate == 0.3
     assert loaded.runs[4].config.model.name == "lenet5"
     assert (loaded.name, loaded.spec.title) == ("mine", "A title.")
+    assert loaded.spec.command == "cnnlab table experiments/mine.py"
     assert len({r.folder for r in loaded.runs}) == 6
     assert {"optim.learning_rate", "model.name"} <= set(loaded.spec.varied)
     assert "train.batch_size" not in loaded.spec.varied
@@ -78,3 +79,14 @@ def test_every_config_of_the_project_resolves(path):
     made = config.resolve(experiment.load_config(path), str(path))
     assert f"--config configs/{path.name}" in path.read_text()
     assert made.data.name in path.stem
+
+
+def test_rows_that_differ_in_punctuation_only_keep_files_of_their_own(tmp_path):
+    from cnnlab.sweep import results
+
+    text = FILE.replace('"a": {}', '"shift 1": {}').replace('"b": {', '"shift -1": {')
+    loaded = experiment.load(write(tmp_path, text.replace('baseline="a"', 'baseline="c"')))
+    names = results.file_names(loaded)
+    assert len(set(names.values())) == 6
+    assert names["c", 3] == "c-s3.json"
+    assert names["shift 1", 3].startswith("shift-1-")

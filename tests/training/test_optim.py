@@ -70,8 +70,8 @@ def test_warmup_stable_decay_is_optaxs_three_pieces():
     assert ours == pytest.approx(follow(expected), rel=1e-4)
 
 
-@pytest.mark.parametrize("schedule", ["constant", "step", "cosine", "one_cycle", "wsd"])
-def test_warmup_precedes_every_schedule(schedule):
+@pytest.mark.parametrize("schedule", ["constant", "step", "cosine", "wsd"])
+def test_warmup_precedes_every_schedule_but_one_cycle(schedule):
     ours = rates(schedule=schedule, learning_rate=0.3, warmup="10 steps")
     assert ours[:10] == pytest.approx(0.3 * np.arange(1, 11) / 10, rel=1e-6)
     assert ours.max() == pytest.approx(0.3, rel=1e-3)

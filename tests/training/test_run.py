@@ -166,7 +166,7 @@ def test_the_best_parameters_are_scored_when_asked(tmp_path):
     made = recipe(
         **{
             "optim.learning_rate": 2.0,
-            "optim.warmup": "40 steps",
+            "optim.warmup": "39 steps",
             "train.keep": "best",
             "train.monitor": "nll",
             "optim.ema_decay": 0.0,
@@ -199,7 +199,8 @@ def test_a_run_without_a_validation_split_trains_on_everything(tmp_path):
 
 def test_restore_gives_the_state_that_was_scored(uninterrupted):
     result, folder = uninterrupted
-    made, program, state = run.restore(folder, PROGRAMS)
+    made, program, state, which = run.restore(folder, PROGRAMS)
+    assert which == "last checkpoint, step 40 of a run that is done"
     split = run.load_split(made, "test")
     measured, _ = run.score(made, program, state, split, np.arange(len(split), dtype=np.int32))
     assert measured == result["scores"]["test"]
