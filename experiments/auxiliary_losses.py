@@ -2,7 +2,7 @@
 
     cnnlab table experiments/auxiliary_losses.py
 
-TIME_AUX
+Half an hour on two CPU cores; results/auxiliary_losses/README.md says what came out.
 
 None, one or two auxiliary heads; three weights; weights that stay or decay to zero; on a plain
 VGG-style stack of eleven convolutions without normalisation, and on a ResNet-20. A head is a global
@@ -51,5 +51,5 @@ def get_experiment() -> Experiment:
         seeds=range(3),
         baseline=("plain stack, none", "ResNet-20, none"),
         columns=("top1", "nll", "ece"),
-        figures=("score_cost", "curves"),
+        figures=("curves",),
     )
