@@ -2,7 +2,7 @@
 
     cnnlab table experiments/fashion_mnist.py
 
-TIME_WHOLE
+Twelve minutes on two CPU cores.
 
 The data are Debian's package `dataset-fashion-mnist`, or the four files of the original release
 under `--data-dir`.

@@ -838,8 +838,14 @@ def to_csv(table: Table) -> str:
     return text.getvalue()
 
 
-def to_rich(table: Table) -> Group:
-    """The table and its notes for a rich console."""
+def to_rich(table: Table, width: int = 0) -> Group:
+    """The table and its notes for a rich console; print it with `crop=False`.
+
+    Args:
+        table: what to show.
+        width: of the console, in characters; 0 where it does not matter. Cells are broken at spaces
+            to fit, but never cut: a table whose words alone are wider is shown wider.
+    """
     from rich import box
     from rich.console import Group
     from rich.table import Table as RichTable
@@ -849,7 +855,12 @@ def to_rich(table: Table) -> Group:
     title = Text(table.spec.title, "bold")
     shown = RichTable(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for i, header in enumerate(headers):
-        shown.add_column(Text(header), justify="left" if i == 0 else "right", no_wrap=i == 0)
+        words = " ".join([header, *(line[i][0] for line in lines)]).split()
+        least = max(_width(word) for word in words)
+        shown.add_column(Text(header), justify="left" if i == 0 else "right", min_width=least)
+    least = sum(column.min_width or 0 for column in shown.columns) + 2 * len(headers)
+    if width and least > width:
+        shown.width = least
     starts = _block_starts(table)
     for i, line in enumerate(lines):
         if i in starts:

@@ -79,7 +79,8 @@ def read(loaded: Loaded, folder: Path, *, skip_others: bool = False) -> list[dic
 def show(console: Console, loaded: Loaded, records: Sequence[dict[str, Any]]) -> None:
     """Prints the table on the terminal."""
     console.print()
-    console.print(tables.to_rich(tables.build(loaded.spec, records)))
+    table = tables.build(loaded.spec, records)
+    console.print(tables.to_rich(table, console.width), crop=False)
 
 
 def show_scores(console: Console, result: Mapping[str, Any], folder: Path) -> None:
