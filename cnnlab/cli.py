@@ -285,8 +285,8 @@ def _table(options: argparse.Namespace, changes: dict[str, str]) -> int:
         # Cells that were run elsewhere, with these very settings, keep their place in the table.
         kept = {(r["row"], r["seed"]): r for r in results.read(loaded, folder, skip_others=True)}
         records = list((kept | here).values())
-    written = results.write(loaded, records, folder)
-    results.show(console, loaded, records)
+    table, written = results.write(loaded, records, folder)
+    results.show(console, table)
     for path in written:
         console.print(f"wrote {path}", soft_wrap=True)
     return 0

@@ -21,8 +21,13 @@ from cnnlab.training import run as run_lib
 from cnnlab.types import CnnlabError
 
 
-def write(loaded: Loaded, records: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
-    """Writes the table, the figures and one small JSON a run; returns the paths.
+def write(
+    loaded: Loaded, records: Sequence[dict[str, Any]], folder: Path
+) -> tuple[tables.Table, list[Path]]:
+    """Writes the table, the figures and one small JSON a run.
+
+    Returns:
+        The table, and the paths of what was written but for the runs' records.
 
     Raises:
         CnnlabError: the records can't stand in one table; then nothing is written.
@@ -39,7 +44,7 @@ def write(loaded: Loaded, records: Sequence[dict[str, Any]], folder: Path) -> li
     if any(result["status"] == "done" for result in records):
         images = _test_images(loaded, records) if "mistakes" in loaded.figures else None
         written += figures.write_all(loaded.spec, records, folder, images, which=loaded.figures)
-    return written
+    return table, written
 
 
 def read(loaded: Loaded, folder: Path, *, skip_others: bool = False) -> list[dict[str, Any]]:
@@ -76,10 +81,9 @@ def read(loaded: Loaded, folder: Path, *, skip_others: bool = False) -> list[dic
     return found
 
 
-def show(console: Console, loaded: Loaded, records: Sequence[dict[str, Any]]) -> None:
+def show(console: Console, table: tables.Table) -> None:
     """Prints the table on the terminal."""
     console.print()
-    table = tables.build(loaded.spec, records)
     console.print(tables.to_rich(table, console.width), crop=False)
 
 

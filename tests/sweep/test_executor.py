@@ -80,8 +80,8 @@ def test_a_diverged_run_is_marked_and_the_table_goes_on(tmp_path):
     text = tables.to_markdown(tables.build(spec, records))
     assert f"bad: 1 of 1 diverged (seed 0 at step {records[1]['diverged_step']})" in text
     loaded = experiment.Loaded("t", spec, tuple(runs), ("curves", "mistakes"))
-    names = {p.name for p in results.write(loaded, records, tmp_path / "results")}
-    assert {"table.md", "curves.png", "mistakes.png"} <= names
+    _, written = results.write(loaded, records, tmp_path / "results")
+    assert {"table.md", "curves.png", "mistakes.png"} <= {path.name for path in written}
 
 
 def test_nothing_trains_when_a_later_row_does_not_fit(tmp_path):
