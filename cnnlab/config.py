@@ -412,11 +412,6 @@ def program(config: ConfigDict) -> str:
     return json.dumps(static, sort_keys=True)
 
 
-def without_seed(config: Mapping[str, Any]) -> str:
-    """The identity of a row: equal for runs that differ in the seed alone."""
-    return _hash({k: v for k, v in plain(config).items() if k != "seed"})
-
-
 def parse_duration(config: ConfigDict, key: str) -> Duration:
     """The duration under a dotted key of a resolved config."""
     section, _, name = key.partition(".")
