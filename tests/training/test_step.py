@@ -32,8 +32,27 @@ def train(made, steps):
     return state, metrics, program
 
 
-def test_one_device_and_eight_give_the_same_parameters():
-    changes = {"optim.learning_rate": 0.05}
+@pytest.mark.parametrize(
+    ("changes", "tolerance"),
+    [
+        ({"optim.learning_rate": 0.05}, 1e-5),
+        # Where rounding moves an activation across ReLU's kink, its gradient jumps, and two runs
+        # part at the rate that training itself amplifies (1e-4 in 20 steps here). Without a kink
+        # nothing hides a wrong sum over the devices, so the tolerance is rounding's own.
+        (
+            {
+                "data.name": "fashion_mini",
+                "model.width": 8,
+                "model.stem_stride": 2,
+                "model.activation": "gelu",
+                "optim.learning_rate": 0.02,
+            },
+            1e-6,
+        ),
+    ],
+    ids=["relu", "gelu"],
+)
+def test_one_device_and_eight_give_the_same_parameters(changes, tolerance):
     one, _, _ = train(small(**changes, **{"parallel.devices": 1}), 20)
     eight, _, program = train(small(**changes, **{"parallel.devices": 8}), 20)
     assert program.mesh.size == 8
@@ -42,7 +61,7 @@ def test_one_device_and_eight_give_the_same_parameters():
             np.concatenate([np.ravel(x) for x in jax.tree.leaves(getattr(s, collection))])
             for s in (one, eight)
         )
-        assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(a)
+        assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(a)
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_does_not():
