@@ -369,7 +369,7 @@ def _describe(options: argparse.Namespace, changes: dict[str, str]) -> int:
     import json
 
     from cnnlab import config as config_lib
-    from cnnlab import describe, models
+    from cnnlab import describe, models, registry
     from cnnlab.types import CnnlabError
 
     try:
@@ -382,6 +382,7 @@ def _describe(options: argparse.Namespace, changes: dict[str, str]) -> int:
         ) from None
     if options.classes < 1:
         raise CnnlabError(f"--classes: expected at least 1, got {options.classes}")
+    registry.get("models", options.model)
     config = config_lib.base(model=options.model)
     config = config_lib.override(
         config, {f"model.{key}": value for key, value in changes.items()}, "command line"

@@ -97,7 +97,8 @@ def show_scores(console: Console, result: Mapping[str, Any], folder: Path) -> No
 
 def print_scores(console: Console, title: str, scores: Mapping[str, Any]) -> None:
     """Prints scores of one split, overall ones only."""
-    table = Table(title=title, title_justify="left")
+    console.print(title, soft_wrap=True)  # a title of the narrow table would be broken
+    table = Table()
     table.add_column("score")
     table.add_column("value", justify="right")
     for name, value in scores.items():
