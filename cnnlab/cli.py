@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import functools
 import os
 import signal
 import sys
@@ -118,14 +119,22 @@ def _parser() -> argparse.ArgumentParser:
 
     table = add("table", _table, "train what is missing of an experiment and write its table")
     table.add_argument("file", type=Path, help="a file of experiments/")
-    table.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="only these rows")
+    table.add_argument(
+        "--rows",
+        nargs="+",
+        default=[],
+        metavar="ROW",
+        help="only these rows (of a benchmark also patterns, as in 'depthwise*')",
+    )
     table.add_argument("--seeds", nargs="+", default=[], metavar="SEED", help="only these seeds")
     table.add_argument("--results", type=Path, default=Path("results"), metavar="DIR")
     table.add_argument("--dry-run", action="store_true", help="say what would run, and how long")
     table.add_argument(
         "--render", action="store_true", help="train nothing: rebuild the table from --results"
     )
-
+    table.add_argument(
+        "--without", nargs="+", default=[], metavar="NAME", help="leave out a benchmark's contender"
+    )
     table.add_argument("--wandb", metavar="PROJECT", help="also log to Weights & Biases")
 
     train = add("train", _train, "train one run of a config file")
@@ -174,7 +183,10 @@ def _changes(rest: Sequence[str], options: argparse.Namespace) -> dict[str, str]
 
 
 def _start_jax() -> None:
-    """Turns on the compilation cache, so that a second process starts in seconds."""
+    """Keeps the heap, and turns on the compilation cache: a second process starts in seconds."""
+    from cnnlab import backend
+
+    backend.keep_heap()
     import jax
 
     cache = os.environ.get("CNNLAB_CACHE") or str(Path.home() / ".cache" / "cnnlab" / "xla")
@@ -249,14 +261,22 @@ def _tracker(options: argparse.Namespace) -> Callable[[Any], Any]:
 
 
 def _table(options: argparse.Namespace, changes: dict[str, str]) -> int:
+    from cnnlab.sweep import benchmark, experiment
+    from cnnlab.types import CnnlabError
+
+    module, made = experiment.read(options.file)
+    if isinstance(made, benchmark.Benchmark):
+        return _times(options, module, made)
+    if options.without:
+        raise CnnlabError("--without is for benchmarks: only they have contenders")
     _start_jax()
-    from cnnlab.sweep import executor, experiment, results
+    from cnnlab.sweep import executor, results
     from cnnlab.sweep.progress import LiveProgress
     from cnnlab.training import loop
     from cnnlab.training.step import Programs
 
     console = _console()
-    loaded = experiment.load(options.file)
+    loaded = experiment.expand(options.file, module, made)
     chosen = experiment.select(loaded, options.rows, _numbers(options.seeds))
     folder = options.results / loaded.name
     if options.render:
@@ -287,6 +307,42 @@ def _table(options: argparse.Namespace, changes: dict[str, str]) -> int:
         records = list((kept | here).values())
     table, written = results.write(loaded, records, folder)
     results.show(console, table)
+    for path in written:
+        console.print(f"wrote {path}", soft_wrap=True)
+    return 0
+
+
+def _times(options: argparse.Namespace, module: Any, made: Any) -> int:
+    """`table` for a benchmark."""
+    from cnnlab.sweep import results, timing
+    from cnnlab.types import CnnlabError
+
+    for name in ("seeds", "wandb"):
+        if getattr(options, name):
+            raise CnnlabError(f"--{name}: a benchmark trains nothing, so it has no use for it")
+    console = _console()
+    loaded = timing.expand(options.file, module, made)
+    cases, contenders = timing.select(loaded, options.rows, options.without)
+    folder = options.results / loaded.spec.name
+    if options.dry_run:
+        there = timing.read(loaded, folder)
+        for case in cases:
+            reason = timing.outdated(loaded, case, contenders, there.get(case))
+            console.print(f"{case}: {f'to measure ({reason})' if reason else 'done'}")
+        return 0
+    if not options.render:
+        try:
+            tell = functools.partial(console.print, soft_wrap=True)
+            timing.execute(loaded, cases, contenders, folder, tell=tell)
+        except KeyboardInterrupt:
+            return _complain(
+                "interrupted; the same command goes on with the case that it was at", INTERRUPTED
+            )
+    records = timing.read(loaded, folder)
+    if not records:
+        raise CnnlabError(f"{folder}/runs holds no results yet; measure without --render")
+    grid, written = timing.write(loaded, records, folder)
+    results.show(console, grid)
     for path in written:
         console.print(f"wrote {path}", soft_wrap=True)
     return 0

@@ -38,6 +38,7 @@ import jax
 import numpy as np
 
 import cnnlab
+from cnnlab import backend
 from cnnlab import config as config_lib
 from cnnlab.types import CnnlabError, PyTree, Record
 
@@ -265,7 +266,7 @@ def version_text() -> str:
 
 
 def environment(devices: int) -> dict[str, Any]:
-    """Versions and hardware.
+    """Versions, hardware, and the settings that make CPU fast.
 
     Args:
         devices: how many the run uses.
@@ -283,4 +284,5 @@ def environment(devices: int) -> dict[str, Any]:
         else device.device_kind,
         "devices": devices,
         "system": sys.platform,
+        **backend.described(),
     }

@@ -12,6 +12,10 @@ os.environ.setdefault("MPLBACKEND", "agg")
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("CNNLAB_CACHE", str(ROOT / ".cache" / "xla-tests"))
 
+from cnnlab import backend
+
+backend.keep_heap()
+
 import jax
 import pytest
 

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "cnnlab"
 PLUGINS = ("models", "augment", "attacks", "tasks", "data")
 LAYERS = (
-    ("types", "keys", "registry", "geometry", "encoding", "parallel", "ops"),
+    ("types", "keys", "registry", "geometry", "encoding", "backend", "parallel", "ops"),
     ("config", "layers"),
     (*PLUGINS, "describe"),
     ("pipeline", "record", "checkpoint"),

@@ -266,6 +266,27 @@ class Table:
     notes: tuple[str, ...]
 
 
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """The texts of a table, which the writers lay out.
+
+    Attributes:
+        name: file and label name.
+        title: the caption.
+        headers: one a column; the first column holds the rows' names.
+        lines: the cells of each row as (text, bold).
+        notes: below the table.
+        starts: positions of rows that a rule stands above.
+    """
+
+    name: str
+    title: str
+    headers: Sequence[str]
+    lines: Sequence[Sequence[tuple[str, bool]]]
+    notes: Sequence[str]
+    starts: Sequence[int] = ()
+
+
 def build(spec: TableSpec, records: Iterable[Record]) -> Table:
     """The table of these runs.
 
@@ -523,9 +544,11 @@ def _code(record: Record) -> str:
 def _environment(record: Record) -> str:
     found = record["environment"]
     devices = f"{found['devices']} x " if found["devices"] != 1 else ""
+    # Records from before these settings have none.
+    fast = found.get("compiler_options") or found.get("kept_heap")
     return (
         f"jax {found['jax']}, flax {found['flax']}, Python {found['python']}, "
-        f"{found['platform']} ({devices}{found['device']})"
+        f"{found['platform']} ({devices}{found['device']})" + (", CNNLAB_CPU=fast" if fast else "")
     )
 
 
@@ -668,8 +691,9 @@ def _published_cells(key: str, row: Row, published: Published | None) -> tuple[s
     )
 
 
-def _grid(table: Table) -> tuple[list[str], list[list[tuple[str, bool]]]]:
-    """Headings, and for each row its cells as (text, bold)."""
+def _grid(table: Table | Grid) -> Grid:
+    if isinstance(table, Grid):
+        return table
     spec = table.spec
     tested = set(_tested_columns(spec).values()) if spec.baselines else set()
     prints = {key for numbers in spec.published.values() for key in numbers}
@@ -701,7 +725,7 @@ def _grid(table: Table) -> tuple[list[str], list[list[tuple[str, bool]]]]:
             for line, row in zip(lines, table.rows, strict=True):
                 pair = _published_cells(key, row, spec.published.get(row.name, {}).get(key))
                 line += [(text, False) for text in pair]
-    return headers, lines
+    return Grid(spec.name, spec.title, headers, lines, table.notes, _block_starts(table))
 
 
 def _block_starts(table: Table) -> list[int]:
@@ -719,14 +743,15 @@ def _width(text: str) -> int:
     )
 
 
-def to_markdown(table: Table) -> str:
+def to_markdown(table: Table | Grid) -> str:
     """GitHub-flavoured Markdown whose pipes also line up as plain text."""
 
     def escaped(text: str) -> str:
         text = re.sub(r"([\\|*`]|<(?=[A-Za-z/!?]))", r"\\\1", " ".join(text.split()))
         return re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", text)
 
-    headers, lines = _grid(table)
+    grid = _grid(table)
+    headers, lines = grid.headers, grid.lines
     cells = [[escaped(header) for header in headers]]
     for line in lines:
         cells.append([f"**{escaped(t)}**" if bold else escaped(t) for t, bold in line])
@@ -741,8 +766,8 @@ def to_markdown(table: Table) -> str:
 
     rule = [":" + "-" * (w - 1) if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
     body = [joined(cells[0]), f"| {' | '.join(rule)} |", *map(joined, cells[1:])]
-    notes = [f"- {escaped(note)}" for note in table.notes]
-    return "\n".join([f"# {escaped(table.spec.title)}", "", *body, "", *notes]) + "\n"
+    notes = [f"- {escaped(note)}" for note in grid.notes]
+    return "\n".join([f"# {escaped(grid.title)}", "", *body, "", *notes]) + "\n"
 
 
 _LATEX = {
@@ -753,32 +778,32 @@ _LATEX = {
 }  # fmt: skip
 
 
-def to_latex(table: Table) -> str:
+def to_latex(table: Table | Grid) -> str:
     r"""A `table` environment for the `booktabs` package; `\ref{tab:NAME}` refers to it."""
 
     def escaped(text: str) -> str:
         return "".join(_LATEX.get(c, c) for c in " ".join(text.split()))
 
-    headers, lines = _grid(table)
+    grid = _grid(table)
     # An opening bracket or star after a line's end would be read as that command's argument.
     body = [
         " & ".join(rf"\textbf{{{escaped(t)}}}" if bold else escaped(t) for t, bold in line)
-        for line in lines
+        for line in grid.lines
     ]
     body = [("{}" if line[:1] in ("[", "*") else "") + line + r" \\" for line in body]
-    for i in reversed(_block_starts(table)):
+    for i in reversed(grid.starts):
         body.insert(i, r"\midrule")
-    label = re.sub(r"[^A-Za-z0-9:-]+", "-", table.spec.name)
+    label = re.sub(r"[^A-Za-z0-9:-]+", "-", grid.name)
     return "\n".join(
         [
             r"\begin{table}[t]",
             r"\centering",
             r"\small\setlength{\tabcolsep}{4pt}",
-            rf"\caption{{{escaped(table.spec.title)}}}",
+            rf"\caption{{{escaped(grid.title)}}}",
             rf"\label{{tab:{label}}}",
-            rf"\begin{{tabular}}{{l{'r' * (len(headers) - 1)}}}",
+            rf"\begin{{tabular}}{{l{'r' * (len(grid.headers) - 1)}}}",
             r"\toprule",
-            " & ".join(escaped(header) for header in headers) + r" \\",
+            " & ".join(escaped(header) for header in grid.headers) + r" \\",
             r"\midrule",
             *body,
             r"\bottomrule",
@@ -786,7 +811,7 @@ def to_latex(table: Table) -> str:
             "",
             r"\smallskip",
             r"\begin{minipage}{\linewidth}\footnotesize",
-            *(escaped(note) + r"\par" for note in table.notes),
+            *(escaped(note) + r"\par" for note in grid.notes),
             r"\end{minipage}",
             r"\end{table}",
             "",
@@ -838,7 +863,7 @@ def to_csv(table: Table) -> str:
     return text.getvalue()
 
 
-def to_rich(table: Table, width: int = 0) -> Group:
+def to_rich(table: Table | Grid, width: int = 0) -> Group:
     """The table and its notes for a rich console; print it with `crop=False`.
 
     Args:
@@ -851,8 +876,9 @@ def to_rich(table: Table, width: int = 0) -> Group:
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    headers, lines = _grid(table)
-    title = Text(table.spec.title, "bold")
+    grid = _grid(table)
+    headers, lines = grid.headers, grid.lines
+    title = Text(grid.title, "bold")
     shown = RichTable(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for i, header in enumerate(headers):
         words = " ".join([header, *(line[i][0] for line in lines)]).split()
@@ -861,12 +887,11 @@ def to_rich(table: Table, width: int = 0) -> Group:
     least = sum(column.min_width or 0 for column in shown.columns) + 2 * len(headers)
     if width and least > width:
         shown.width = least
-    starts = _block_starts(table)
     for i, line in enumerate(lines):
-        if i in starts:
+        if i in grid.starts:
             shown.add_section()
         shown.add_row(*(Text(text, "bold green" if bold else "") for text, bold in line))
-    notes = (Text(n, "yellow" if n.startswith("Warning") else "dim") for n in table.notes)
+    notes = (Text(n, "yellow" if n.startswith("Warning") else "dim") for n in grid.notes)
     return Group(shown, *notes)
 
 
@@ -876,8 +901,12 @@ def write(table: Table, folder: str | os.PathLike[str]) -> list[Path]:
     Raises:
         OSError: the folder cannot be written.
     """
-    texts = {"table.md": to_markdown(table), "table.tex": to_latex(table),
-             "table.csv": to_csv(table)}  # fmt: skip
+    return write_texts(table, to_csv(table), folder)
+
+
+def write_texts(table: Table | Grid, as_csv: str, folder: str | os.PathLike[str]) -> list[Path]:
+    """`write`, for a table whose numbers are given as CSV."""
+    texts = {"table.md": to_markdown(table), "table.tex": to_latex(table), "table.csv": as_csv}
     for name, text in texts.items():
         write_atomic(Path(folder) / name, text)
     return [Path(folder) / name for name in texts]

@@ -126,8 +126,35 @@ def load(path: Path) -> Loaded:
         CnnlabError: the file is missing or fails, or the experiment in it does not fit; the message
             names the file and the row.
     """
+    return expand(path, *read(path))
+
+
+def read(path: Path) -> tuple[Any, Any]:
+    """The module of an experiment file, and what its `get_experiment()` returns.
+
+    Raises:
+        CnnlabError: the file is missing or fails.
+    """
     module = load_file(path)
-    made = _call(module, "get_experiment", path)
+    return module, _call(module, "get_experiment", path)
+
+
+def title(module: Any, path: Path) -> str:
+    """The caption of a file's table: the first line of its docstring."""
+    return str(module.__doc__ or path.stem).strip().splitlines()[0]
+
+
+def command(path: Path) -> str:
+    """What a user types at the top of a checkout to make a file's table."""
+    return f"cnnlab table {path.resolve().parent.name}/{path.name}"
+
+
+def expand(path: Path, module: Any, made: Any) -> Loaded:
+    """Expands and checks what `read` returned.
+
+    Raises:
+        CnnlabError: see `load`.
+    """
     if not isinstance(made, Experiment):
         raise CnnlabError(
             f"{path}: get_experiment(): expected a cnnlab.sweep.Experiment, got "
@@ -162,7 +189,7 @@ def load(path: Path) -> Loaded:
     try:
         spec = tables.TableSpec(
             name=path.stem,
-            title=(module.__doc__ or path.stem).strip().splitlines()[0],
+            title=title(module, path),
             rows=tuple(made.rows),
             seeds=seeds,
             columns=tuple(made.columns),
@@ -170,7 +197,7 @@ def load(path: Path) -> Loaded:
             published={row: dict(numbers) for row, numbers in made.published.items()},
             published_source=made.published_source,
             varied=_varied(runs),
-            command=f"cnnlab table {path.resolve().parent.name}/{path.name}",
+            command=command(path),
         )
     except CnnlabError as error:
         raise CnnlabError(f"{path}: {error}") from error

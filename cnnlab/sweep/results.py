@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,7 @@ def read(loaded: Loaded, folder: Path, *, skip_others: bool = False) -> list[dic
     return found
 
 
-def show(console: Console, table: tables.Table) -> None:
+def show(console: Console, table: tables.Table | tables.Grid) -> None:
     """Prints the table on the terminal."""
     console.print()
     console.print(tables.to_rich(table, console.width), crop=False)
@@ -133,20 +133,22 @@ def print_plan(console: Console, plans: Sequence[Plan]) -> None:
 
 
 def file_names(loaded: Loaded) -> dict[tuple[str, int], str]:
-    """(row, seed) -> the name of its file.
-
-    That is the row's name in plain letters, with a checksum of it where two rows would share one.
-    """
-    slugs = {row: re.sub(r"[^a-z0-9]+", "-", row.lower()).strip("-") for row in loaded.spec.rows}
-    shared = {slug for slug in slugs.values() if list(slugs.values()).count(slug) > 1 or not slug}
-    for row, slug in slugs.items():
-        if slug in shared:
-            slugs[row] = f"{slug}-{zlib.crc32(row.encode()):08x}"
+    """(row, seed) -> the name of its file."""
     return {
         (row, seed): f"{slug}-s{seed}.json"
-        for row, slug in slugs.items()
+        for row, slug in slugs(loaded.spec.rows).items()
         for seed in loaded.spec.seeds
     }
+
+
+def slugs(rows: Iterable[str]) -> dict[str, str]:
+    """Row -> its name in plain letters, with a checksum of it where two rows would share one."""
+    found = {row: re.sub(r"[^a-z0-9]+", "-", row.lower()).strip("-") for row in rows}
+    shared = {slug for slug in found.values() if list(found.values()).count(slug) > 1 or not slug}
+    for row, slug in found.items():
+        if slug in shared:
+            found[row] = f"{slug}-{zlib.crc32(row.encode()):08x}"
+    return found
 
 
 def _test_images(loaded: Loaded, records: Sequence[dict[str, Any]]) -> np.ndarray:

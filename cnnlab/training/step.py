@@ -18,7 +18,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from cnnlab import augment, keys, models, parallel, registry
+from cnnlab import augment, backend, keys, models, parallel, registry
 from cnnlab.training import optim
 from cnnlab.types import Batch, DatasetInfo, Hyper, Outputs, PyTree, TrainState
 
@@ -166,8 +166,8 @@ def make_program(config: ConfigDict, info: DatasetInfo) -> Program:
         module=module,
         mesh=mesh,
         init=init,
-        train_step=jax.jit(train_step, donate_argnums=0, out_shardings=everywhere),
-        logits=jax.jit(logits, out_shardings=everywhere),
+        train_step=backend.jit(train_step, donate_argnums=0, out_shardings=everywhere),
+        logits=backend.jit(logits, out_shardings=everywhere),
     )
     return program
 
