@@ -1,4 +1,4 @@
-"""Two-dimensional convolution (cross-correlation), NHWC images and HWIO kernels."""
+"""Convolution (cross-correlation) in one to three dimensions, channels last."""
 
 from __future__ import annotations
 
@@ -8,81 +8,195 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-Padding = str | Sequence[tuple[int, int]]
-"""`"SAME"`, `"VALID"`, or explicit ((top, bottom), (left, right))."""
+from cnnlab.ops import conv_primitive
+from cnnlab.ops.conv_algorithms import Face, Spec
+from cnnlab.types import CnnlabError
 
-DIMENSION_NUMBERS = ("NHWC", "HWIO", "NHWC")
+Padding = str | Sequence[tuple[int, int]]
+"""`"SAME"`, `"VALID"`, or explicit (low, high) zeros for each spatial axis."""
 
 
 def conv(
     images: jax.Array,
     kernel: jax.Array,
     *,
-    strides: tuple[int, int] = (1, 1),
+    strides: Sequence[int] | None = None,
     padding: Padding,
-    dilation: tuple[int, int] = (1, 1),
+    dilation: Sequence[int] | None = None,
     groups: int = 1,
 ) -> jax.Array:
     """Cross-correlates images with a kernel, as every framework's "convolution" does.
 
-    The implementation is chosen from shapes and the backend while tracing, never by timing, so
-    one program always gives the same bits.
+    Reverse and forward mode, derivatives of any order, `vmap`, loops, `remat`, export and sharded
+    batches all work, and stay fast on CPU inside loops and under `vmap` over kernels. How it is
+    computed follows from shapes and platform, never from timing: one program gives the same bits.
 
     Args:
-        images: [B, H, W, C].
-        kernel: [h, w, C / groups, K].
-        strides: step in height and width, at least 1.
-        padding: `"SAME"`, `"VALID"` or ((top, bottom), (left, right)) zeros.
-        dilation: distance of neighbouring kernel taps, at least 1.
+        images: [B, *spatial, C] with one, two or three spatial axes (`[B, H, W, C]` for images).
+        kernel: [*window, C / groups, K], with as many spatial axes.
+        strides: step along each spatial axis, at least 1; ones if None.
+        padding: `"SAME"`, `"VALID"` or (low, high) zeros for each spatial axis; negative numbers
+            crop.
+        dilation: distance of neighbouring kernel taps along each spatial axis, at least 1; ones if
+            None.
         groups: number of channel groups; divides C and K.
 
     Returns:
-        [B, H', W', K] with H', W' from `cnnlab.geometry.conv_output_size`, in the images' dtype.
+        [B, *spatial', K] with sizes from `cnnlab.geometry.conv_output_size`; the dtype is the
+        common one of both operands.
+
+    Raises:
+        CnnlabError: the shapes or settings do not fit each other.
     """
-    if images.shape[-1] == 1 and jax.default_backend() == "cpu":
-        return _conv_by_patches(images, kernel, strides, padding, dilation)
-    return lax.conv_general_dilated(
-        images,
-        kernel,
-        window_strides=strides,
-        padding=padding,
-        rhs_dilation=dilation,
-        dimension_numbers=DIMENSION_NUMBERS,
-        feature_group_count=groups,
-    )
+    rank = _check(images, kernel, "images", groups)
+    spec = _spec(images.shape[1:-1], kernel.shape[:-2], strides, padding, dilation, groups, rank)
+    if images.shape[-1] != kernel.shape[-2] * groups:
+        raise CnnlabError(
+            f"conv: expected kernels of {images.shape[-1]} / {groups} input channels (images "
+            f"{images.shape}, groups {groups}), got a kernel {kernel.shape}"
+        )
+    return conv_primitive.bind(Face.RESULT, *_same_dtype(images, kernel), spec)
 
 
-def _conv_by_patches(
+def conv_transpose(
     images: jax.Array,
     kernel: jax.Array,
-    strides: tuple[int, int],
+    *,
+    strides: Sequence[int] | None = None,
     padding: Padding,
-    dilation: tuple[int, int],
+    dilation: Sequence[int] | None = None,
+    groups: int = 1,
+    size: Sequence[int] | None = None,
 ) -> jax.Array:
-    # With one input channel XLA's CPU convolution leaves most of its vector lanes empty. A matrix
-    # product over patches takes about two thirds of its time for 5x5 -> 6 and half of it for
-    # 3x3 -> 16 (batch 128, 28x28, forward and kernel gradient) and less still for the input
-    # gradient, and keeps every derivative. Shifted products are faster forward, slower backward.
-    taps = kernel.shape[:2]
-    extents = tuple(d * (k - 1) + 1 for k, d in zip(taps, dilation, strict=True))
+    """The transpose of `conv`: what its gradient does to a result (a "deconvolution").
+
+    Zeiler et al. 2010, "Deconvolutional networks"; Long et al. 2015, section 3.3. The kernel is
+    that of the convolution which it transposes, so `conv_transpose(y, w)` is the gradient of
+    `sum(conv(x, w) * y)` by x.
+
+    Args:
+        images: [B, *spatial, K].
+        kernel: [*window, C / groups, K].
+        strides: factors of upsampling, at least 1; ones if None.
+        padding: `"SAME"` (each size times its stride), `"VALID"`, or what `conv` would pad, which
+            is cut off here.
+        dilation: as in `conv`.
+        groups: as in `conv`.
+        size: spatial size of the output where more than one fits, which is so for strides over 1
+            (PyTorch's `output_padding`); the smallest if None.
+
+    Returns:
+        [B, *size, C].
+
+    Raises:
+        CnnlabError: the shapes or settings do not fit each other.
+    """
+    rank = _check(images, kernel, "images", groups)
+    if images.shape[-1] != kernel.shape[-1]:
+        raise CnnlabError(
+            f"conv_transpose: expected a kernel [*window, C / groups, K] with K = "
+            f"{images.shape[-1]} as the images {images.shape} have, got {kernel.shape}"
+        )
+    steps = _per_axis(strides, "strides", rank)
+    gaps = _per_axis(dilation, "dilation", rank)
+    extents = [d * (k - 1) + 1 for k, d in zip(kernel.shape[:-2], gaps, strict=True)]
+    given = images.shape[1:-1]
     if isinstance(padding, str):
-        padding = lax.padtype_to_pads(images.shape[1:3], extents, strides, padding)
-    padded = jnp.pad(images, ((0, 0), *padding, (0, 0)))
-    height, width = (
-        (size - extent) // stride + 1
-        for size, extent, stride in zip(padded.shape[1:3], extents, strides, strict=True)
+        if padding.upper() == "SAME":
+            made = [n * s for n, s in zip(given, steps, strict=True)]
+        elif padding.upper() == "VALID":
+            made = [(n - 1) * s + e for n, s, e in zip(given, steps, extents, strict=True)]
+        else:
+            raise _padding_error(padding, rank)
+    else:
+        pads = _pads(padding, (), (), (), rank)
+        made = [
+            (n - 1) * s + e - low - high
+            for n, s, e, (low, high) in zip(given, steps, extents, pads, strict=True)
+        ]
+    wanted = tuple(made) if size is None else tuple(size)
+    spec = _spec(wanted, kernel.shape[:-2], steps, padding, gaps, groups, rank)
+    if spec.result != tuple(given) or min(wanted) < 1:
+        raise CnnlabError(
+            f"conv_transpose: expected a size of which conv makes {tuple(given)} (the smallest is "
+            f"{tuple(made)}), got {wanted}, of which it makes {spec.result}"
+        )
+    return conv_primitive.bind(Face.IMAGES, *_same_dtype(images, kernel), spec)
+
+
+def _check(images: jax.Array, kernel: jax.Array, name: str, groups: int) -> int:
+    rank = images.ndim - 2
+    if rank not in (1, 2, 3) or kernel.ndim != images.ndim:
+        raise CnnlabError(
+            f"conv: expected {name} [B, *spatial, C] with one to three spatial axes and a kernel "
+            f"[*window, C / groups, K] with as many, got {images.shape} and {kernel.shape}"
+        )
+    if groups < 1 or kernel.shape[-1] % groups:
+        raise CnnlabError(
+            f"conv: groups: expected a positive divisor of {kernel.shape[-1]} output channels, got "
+            f"{groups}"
+        )
+    return rank
+
+
+def _same_dtype(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    dtype = jnp.result_type(a, b)
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        raise CnnlabError(
+            f"conv: expected floating-point operands, got {a.dtype} and {b.dtype}; convert with "
+            "astype(jnp.float32)"
+        )
+    return jnp.asarray(a, dtype), jnp.asarray(b, dtype)
+
+
+def _per_axis(given: Sequence[int] | None, name: str, rank: int) -> tuple[int, ...]:
+    values = (1,) * rank if given is None else tuple(given)
+    if len(values) != rank or min(values) < 1:
+        raise CnnlabError(f"conv: {name}: expected {rank} numbers of at least 1, got {values}")
+    return values
+
+
+def _padding_error(padding: object, rank: int) -> CnnlabError:
+    return CnnlabError(
+        f'conv: padding: expected "SAME", "VALID" or {rank} pairs (low, high), got {padding!r}'
     )
-    patches = jnp.concatenate(
-        [
-            padded[
-                :,
-                i * dilation[0] : i * dilation[0] + (height - 1) * strides[0] + 1 : strides[0],
-                j * dilation[1] : j * dilation[1] + (width - 1) * strides[1] + 1 : strides[1],
-            ]
-            for i in range(taps[0])
-            for j in range(taps[1])
-        ],
-        axis=-1,
+
+
+def _pads(
+    padding: Padding,
+    sizes: Sequence[int],
+    extents: Sequence[int],
+    strides: Sequence[int],
+    rank: int,
+) -> tuple[tuple[int, int], ...]:
+    if isinstance(padding, str):
+        if padding.upper() not in ("SAME", "VALID"):
+            raise _padding_error(padding, rank)
+        made = lax.padtype_to_pads(sizes, extents, strides, padding.upper())
+        return tuple((int(low), int(high)) for low, high in made)
+    pads = tuple(tuple(pair) for pair in padding)
+    if len(pads) != rank or any(len(pair) != 2 for pair in pads):
+        raise _padding_error(padding, rank)
+    return tuple((int(low), int(high)) for low, high in pads)
+
+
+def _spec(
+    images: Sequence[int],
+    kernel: Sequence[int],
+    strides: Sequence[int] | None,
+    padding: Padding,
+    dilation: Sequence[int] | None,
+    groups: int,
+    rank: int,
+) -> Spec:
+    steps = _per_axis(strides, "strides", rank)
+    gaps = _per_axis(dilation, "dilation", rank)
+    extents = [d * (k - 1) + 1 for k, d in zip(kernel, gaps, strict=True)]
+    return Spec(
+        images=tuple(images),
+        kernel=tuple(kernel),
+        strides=steps,
+        padding=_pads(padding, images, extents, steps, rank),
+        dilation=gaps,
+        groups=groups,
     )
-    flat = patches.reshape(-1, patches.shape[-1]) @ kernel.reshape(-1, kernel.shape[-1])
-    return flat.reshape(*patches.shape[:3], kernel.shape[-1])

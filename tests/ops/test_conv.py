@@ -1,87 +1,291 @@
-"""Convolution against SciPy and lax."""
+"""Convolution: every algorithm and every derivative against direct sums in float64, and lax."""
+
+import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax import lax
+from jax.extend import core
+from jax.interpreters import ad, batching, mlir
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from scipy import signal
 
-from cnnlab.ops.conv import conv
+from cnnlab.ops import conv_primitive
+from cnnlab.ops.conv import conv, conv_transpose
+from cnnlab.types import CnnlabError
 
-CASES = [
-    ((1, 1), ((2, 2), (2, 2)), (1, 1)),
-    ((2, 1), "SAME", (1, 1)),
-    ((1, 2), "VALID", (2, 1)),
-    ((2, 2), ((1, 0), (0, 3)), (1, 2)),
-]
+# One for each algorithm: channels in, out, groups, kernel, strides, padding, dilation.
+ALGORITHMS = {
+    "dense": (3, 5, 1, (2, 4), (2, 3), ((0, 2), (1, 0)), (2, 1)),
+    "one channel": (1, 4, 1, (3, 2), (2, 1), "SAME", (1, 2)),
+    "depthwise": (2, 4, 2, (3, 2), (2, 1), ((-1, 3), (2, -1)), (1, 1)),
+    "groups": (4, 6, 2, (2, 2), (1, 1), "VALID", (1, 2)),
+    "pointwise": (3, 5, 1, (1, 1), (2, 1), ((1, 0), (0, 1)), (1, 1)),
+}
 
 
-def lax_conv(images, kernel, strides, padding, dilation):
+def sample(seed, *shape, dtype=np.float32):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def by_lax(images, kernel, strides, padding, dilation, groups):
+    spatial = "DHW"[-(images.ndim - 2) :]
+    numbers = (f"N{spatial}C", f"{spatial}IO", f"N{spatial}C")
     return lax.conv_general_dilated(
         images,
         kernel,
         strides,
         padding,
         rhs_dilation=dilation,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        dimension_numbers=numbers,
+        feature_group_count=groups,
     )
 
 
-def sample(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+def pair(name, dtype=np.float32):
+    channels, features, groups, window, strides, padding, dilation = ALGORITHMS[name]
+    fields = {"strides": strides, "padding": padding, "dilation": dilation, "groups": groups}
+    images = sample(0, 2, 9, 8, channels, dtype=dtype)
+    kernel = sample(1, *window, channels // groups, features, dtype=dtype)
+    return functools.partial(conv, **fields), functools.partial(by_lax, **fields), images, kernel
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_equals_scipy(channels):
-    images, kernel = sample(0, 2, 9, 8, channels), sample(1, 3, 5, channels, 4)
-    ours = conv(images, kernel, padding="VALID")
-    for b in range(2):
-        for k in range(4):
-            expected = sum(
-                signal.correlate2d(images[b, :, :, c], kernel[:, :, c, k], mode="valid")
-                for c in range(channels)
+def close(actual, expected, tolerance):
+    leaves = zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
+    for a, b in leaves:
+        assert a.shape == b.shape
+        assert a.dtype == b.dtype
+        scale = max(float(np.abs(b).max(initial=0)), 1e-30)
+        assert np.abs(np.asarray(a) - np.asarray(b)).max(initial=0) <= tolerance * scale
+
+
+@st.composite
+def problems(draw):
+    rank = draw(st.sampled_from((2, 2, 2, 1, 3)))
+
+    def axes(low, high):
+        return tuple(draw(st.integers(low, high)) for _ in range(rank))
+
+    dilation, window = axes(1, 2), axes(1, 4 if rank < 3 else 2)
+    padding = tuple((draw(st.integers(-1, 3)), draw(st.integers(-1, 3))) for _ in range(rank))
+    size = tuple(
+        max(n, d * (k - 1) + 1 - low - high)
+        for n, k, d, (low, high) in zip(
+            axes(2, 9 if rank < 3 else 4), window, dilation, padding, strict=True
+        )
+    )
+    groups = draw(st.sampled_from((1, 1, 2, 3)))
+    inner, outer = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    fields = {"strides": axes(1, 3), "padding": padding, "dilation": dilation, "groups": groups}
+    return (2, *size, groups * inner), (*window, inner, groups * outer), fields
+
+
+def direct(images, kernel, cotangent, strides, padding, dilation, groups):
+    """Result and both gradients, tap by tap and group by group, in float64."""
+    rank = images.ndim - 2
+    crops = [(0, 0), *((max(-a, 0), max(-b, 0)) for a, b in padding), (0, 0)]
+    pads = [(0, 0), *((max(a, 0), max(b, 0)) for a, b in padding), (0, 0)]
+    inside = tuple(slice(a, n - b) for n, (a, b) in zip(images.shape, crops, strict=True))
+    padded = np.pad(images[inside], pads)
+    padded_gradient, result = np.zeros_like(padded), np.zeros_like(cotangent)
+    kernel_gradient = np.zeros_like(kernel)
+    inner, outer = kernel.shape[-2], kernel.shape[-1] // groups
+    for tap in itertools.product(*map(range, kernel.shape[:rank])):
+        seen = tuple(
+            slice(t * d, t * d + (n - 1) * s + 1, s)
+            for t, d, n, s in zip(tap, dilation, cotangent.shape[1:-1], strides, strict=True)
+        )
+        for g in range(groups):
+            into, out = slice(g * inner, (g + 1) * inner), slice(g * outer, (g + 1) * outer)
+            here = (slice(None), *seen, into)
+            result[..., out] += padded[here] @ kernel[tap][:, out]
+            padded_gradient[here] += cotangent[..., out] @ kernel[tap][:, out].T
+            kernel_gradient[tap][:, out] += np.tensordot(
+                padded[here], cotangent[..., out], (range(rank + 1), range(rank + 1))
             )
-            np.testing.assert_allclose(ours[b, :, :, k], expected, rtol=1e-4, atol=1e-4)
+    gradient = np.zeros_like(images)
+    kept = tuple(slice(a, n - b) for n, (a, b) in zip(padded.shape, pads, strict=True))
+    gradient[inside] = padded_gradient[kept]
+    return result, gradient, kernel_gradient
 
 
-@pytest.mark.parametrize(("strides", "padding", "dilation"), CASES)
-def test_one_channel_equals_lax_with_both_gradients(strides, padding, dilation):
-    images, kernel = sample(2, 3, 11, 10, 1), sample(3, 3, 3, 1, 4)
+@settings(max_examples=30, derandomize=True, deadline=None, database=None)
+@given(problems())
+def test_value_and_gradients_equal_direct_sums(problem):
+    shape, window, fields = problem
+    images, kernel = sample(0, *shape), sample(1, *window)
+    made = jax.eval_shape(functools.partial(conv, **fields), images, kernel)
+    cotangent = sample(2, *made.shape)
 
-    def ours(images, kernel):
-        return conv(images, kernel, strides=strides, padding=padding, dilation=dilation)
+    def all_three(images, kernel, cotangent):
+        result, pull_back = jax.vjp(functools.partial(conv, **fields), images, kernel)
+        return result, *pull_back(cotangent)
 
-    def theirs(images, kernel):
-        return lax_conv(images, kernel, strides, padding, dilation)
-
-    expected, pull_back = jax.vjp(theirs, images, kernel)
-    actual, our_pull_back = jax.vjp(ours, images, kernel)
-    assert "conv_general_dilated" not in str(jax.make_jaxpr(ours)(images, kernel))
-    cotangent = sample(4, *expected.shape)
-    for a, b in zip(
-        (actual, *our_pull_back(cotangent)), (expected, *pull_back(cotangent)), strict=True
-    ):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
-
-
-def test_keeps_forward_over_reverse():
-    images, kernel = sample(5, 2, 8, 8, 1), sample(6, 3, 3, 1, 2)
-
-    def product(function):
-        loss = lambda k: jnp.sum(jnp.tanh(function(images, k)))  # noqa: E731
-        return jax.jvp(jax.grad(loss), (kernel,), (jnp.ones_like(kernel),))[1]
-
-    ours = product(lambda x, k: conv(x, k, padding="SAME"))
-    theirs = product(lambda x, k: lax_conv(x, k, (1, 1), "SAME", (1, 1)))
-    np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-4)
+    wide = [np.asarray(a, np.float64) for a in (images, kernel, cotangent)]
+    expected = direct(*wide, **fields)
+    close(
+        jax.jit(all_three)(images, kernel, cotangent),
+        [e.astype(np.float32) for e in expected],
+        2e-6,
+    )
 
 
-def test_groups_are_separate_convolutions():
-    images, kernel = sample(7, 2, 6, 6, 4), sample(8, 3, 3, 2, 6)
-    whole = conv(images, kernel, padding="SAME", groups=2)
-    halves = [
-        conv(images[..., 2 * g : 2 * g + 2], kernel[..., 3 * g : 3 * g + 3], padding="SAME")
-        for g in (0, 1)
+def transformed(function, images, kernel):
+    """What every transformation makes of it."""
+
+    def loss(images, kernel):
+        return jnp.sum(jnp.tanh(function(images, kernel)))
+
+    by_kernel = jax.grad(loss, 1)
+    two = jnp.stack([images, images + 1])
+    kernels = jnp.stack([kernel, 2 * kernel])
+    three = jnp.stack([kernel, kernel + 1, kernel + 2])
+    return {
+        "value": function(images, kernel),
+        "reverse": jax.grad(loss, (0, 1))(images, kernel),
+        "forward": jax.jvp(function, (images, kernel), (images + 1, kernel - 1)),
+        "jacfwd": jax.jacfwd(lambda k: jnp.sum(function(images, k), (0, 1, 2)))(kernel),
+        "forward over reverse": jax.jvp(jax.grad(loss, (0, 1)), (images, kernel), (images, kernel)),
+        "reverse over reverse": jax.grad(
+            lambda k: jnp.sum(jax.grad(loss)(images, k) * images) + jnp.sum(by_kernel(images, k))
+        )(kernel),
+        "reverse over forward": jax.grad(
+            lambda x: jnp.sum(jax.jvp(lambda k: function(x, k), (kernel,), (kernel,))[1] ** 2)
+        )(images),
+        "vmap both": jax.vmap(jax.grad(loss, (0, 1)))(two, kernels),
+        "vmap images": jax.vmap(jax.grad(loss, (0, 1)), (0, None))(two, kernel),
+        "vmap kernels": jax.vmap(jax.grad(loss, (0, 1)), (None, 0))(images, kernels),
+        "vmap twice": jax.vmap(jax.vmap(jax.grad(loss, 1), (None, 0)), (0, None))(two, three),
+        "vmap another axis": jax.vmap(function, (1, 3), 2)(
+            jnp.moveaxis(two, 0, 1), jnp.moveaxis(kernels, 0, 3)
+        ),
+        "remat": jax.grad(jax.checkpoint(loss), (0, 1))(images, kernel),
+        "map": lax.map(lambda a: jax.grad(loss, (0, 1))(*a), (two, kernels)),
+        "loop": lax.fori_loop(0, 2, lambda _, k: k - 0.1 * by_kernel(images, k), kernel),
+        "scan": jax.grad(lambda k: lax.scan(lambda c, x: (c + loss(x, k), None), 0.0, two)[0])(
+            kernel
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_transformation_equals_that_of_lax(name):
+    ours, theirs, images, kernel = pair(name)
+    with jax.enable_x64(True):
+        images, kernel = (jnp.asarray(np.asarray(a, np.float64)) for a in (images, kernel))
+        close(
+            jax.jit(functools.partial(transformed, ours))(images, kernel),
+            jax.jit(functools.partial(transformed, theirs))(images, kernel),
+            1e-12,
+        )
+
+
+def test_a_long_stack_of_kernels_becomes_a_loop():
+    count = conv_primitive.MAX_UNROLLED + 1
+    images, kernels = sample(0, count, 2, 5, 5, 2), sample(1, count, 3, 3, 2, 2)
+    ours = jax.jit(jax.vmap(functools.partial(conv, padding="SAME")))
+    assert "while" in ours.lower(images, kernels).as_text()
+    assert "while" not in ours.lower(images[:-1], kernels[:-1]).as_text()
+    expected = [
+        by_lax(x, k, (1, 1), "SAME", (1, 1), 1) for x, k in zip(images, kernels, strict=True)
     ]
-    np.testing.assert_allclose(whole, jnp.concatenate(halves, -1), rtol=1e-5, atol=1e-5)
+    close(ours(images, kernels), jnp.stack(expected), 2e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_narrow_dtypes_stay_narrow(dtype):
+    images, kernel = sample(0, 2, 8, 8, 3), sample(1, 3, 3, 3, 4)
+    narrow = conv(images.astype(dtype), kernel.astype(dtype), padding="SAME")
+    assert narrow.dtype == dtype
+    close(narrow.astype(jnp.float32), conv(images, kernel, padding="SAME"), 0.02)
+
+
+def test_equals_scipy():
+    images, kernel = sample(0, 1, 9, 8, 1), sample(1, 3, 5, 1, 1)
+    expected = signal.correlate2d(images[0, :, :, 0], kernel[:, :, 0, 0], mode="valid")
+    np.testing.assert_allclose(
+        conv(images, kernel, padding="VALID")[0, :, :, 0], expected, 1e-5, 1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("strides", "padding", "size"),
+    [((2, 2), "SAME", None), ((2, 3), "VALID", None), ((2, 2), ((1, 1), (0, 1)), (8, 9))],
+)
+def test_transposed_convolution_is_the_transpose(strides, padding, size):
+    images, kernel = sample(0, 2, 4, 5, 6), sample(1, 3, 2, 3, 6)
+    made = conv_transpose(images, kernel, strides=strides, padding=padding, size=size)
+    back = sample(2, *made.shape)
+    # <T y, x> = <y, C x>
+    there = conv(back, kernel, strides=strides, padding=padding)
+    assert there.shape == images.shape
+    np.testing.assert_allclose(jnp.vdot(made, back), jnp.vdot(images, there), rtol=1e-4)
+    if padding == "SAME":
+        assert made.shape == (2, 8, 10, 3)
+
+
+def test_a_sharded_batch_gives_the_gradient_of_the_whole():
+    ours, _, _, kernel = pair("dense")
+    images = sample(3, 16, 9, 8, 3)
+    gradient = jax.grad(lambda k, x: jnp.sum(jnp.tanh(ours(x, k))))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    split = jax.device_put(images, NamedSharding(mesh, PartitionSpec("data")))
+    close(jax.jit(gradient)(kernel, split), jax.jit(gradient)(kernel, images), 2e-6)
+
+
+def test_exports_with_a_symbolic_batch_and_chooses_by_platform():
+    ours, _, images, kernel = pair("one channel")
+    (batch,) = jax.export.symbolic_shape("b")
+    shape = jax.ShapeDtypeStruct((batch, *images.shape[1:]), images.dtype)
+    exported = jax.export.export(jax.jit(ours), platforms=["cpu", "cuda", "tpu"])(shape, kernel)
+    close(exported.call(images, kernel), jax.jit(ours)(images, kernel), 0)
+
+    def text(platform):
+        made = jax.export.export(jax.jit(ours), platforms=[platform])(images, kernel)
+        return str(made.mlir_module())
+
+    assert "stablehlo.convolution" in text("cuda")
+    assert "stablehlo.convolution" in text("tpu")
+    assert "stablehlo.convolution" not in text("cpu")
+
+
+def test_jax_still_has_what_the_primitive_leans_on():
+    needed = {
+        "jax.extend.core.Primitive": hasattr(core, "Primitive"),
+        "jax.interpreters.ad.defbilinear": hasattr(ad, "defbilinear"),
+        "jax.interpreters.batching.primitive_batchers": hasattr(batching, "primitive_batchers"),
+        "jax.interpreters.mlir.lower_fun": hasattr(mlir, "lower_fun"),
+        "jax.interpreters.mlir.register_lowering": hasattr(mlir, "register_lowering"),
+    }
+    missing = [name for name, found in needed.items() if not found]
+    assert not missing, f"jax {jax.__version__} lacks {missing}; ops/conv_primitive.py needs them"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"padding": "FULL"}, "padding"),
+        ({"padding": ((1, 1),)}, "padding"),
+        ({"padding": "SAME", "strides": (0, 1)}, "strides"),
+        ({"padding": "SAME", "dilation": (1,)}, "dilation"),
+        ({"padding": "SAME", "groups": 2}, "groups"),
+        ({"padding": "SAME", "groups": 5}, "input channels"),
+    ],
+)
+def test_bad_settings_are_named(fields, message):
+    with pytest.raises(CnnlabError, match=message):
+        conv(sample(0, 1, 6, 6, 3), sample(1, 3, 3, 3, 5), **fields)
+
+
+def test_bad_operands_are_named():
+    with pytest.raises(CnnlabError, match="spatial axes"):
+        conv(sample(0, 6, 6, 3), sample(1, 3, 3, 3, 5), padding="SAME")
+    with pytest.raises(CnnlabError, match="astype"):
+        conv(jnp.ones((1, 4, 4, 1), jnp.int32), jnp.ones((3, 3, 1, 1), jnp.int32), padding="SAME")
+    with pytest.raises(CnnlabError, match="size"):
+        conv_transpose(sample(0, 1, 4, 4, 2), sample(1, 3, 3, 2, 2), padding="SAME", size=(9, 9))

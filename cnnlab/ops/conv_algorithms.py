@@ -1,0 +1,343 @@
+"""How a convolution is computed: the three faces of its trilinear form, per backend.
+
+With images x, kernel w and result y, every convolution is the form
+
+    T(x, w, y) = sum_{b,o,t,c,k} x[b, stride * o + dilation * t - low, c] w[t, c, k] y[b, o, k]
+
+and computing a result, the gradient of the images or the gradient of the kernel means leaving one
+of the three out. `native` leaves each to XLA as JAX would. `cpu` avoids what XLA's CPU backend is
+bad at, by shape alone, so that one program always gives the same bits:
+
+- Convolutions that are written in another order than NHWC, HWIO, NHWC lose their fast kernel inside
+  loops. Both gradients are written as plain convolutions with explicit transposes.
+- One input channel leaves vector lanes empty. Its result is a sum of shifted products (the fused
+  loop reads the image once for all taps), its image gradient a sum of shifted planes of one matrix
+  product, its kernel gradient one matrix product with stacked shifted planes.
+- Depthwise convolutions run one channel at a time. All three faces become shifted products.
+- Kernels of size one are matrix products.
+- A convolution with groups is one convolution a group.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+import itertools
+import math
+import operator
+from collections.abc import Iterable, Iterator
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from cnnlab import backend
+
+Shape = tuple[int, ...]
+Pads = tuple[tuple[int, int], ...]
+
+
+FUSED_TAPS = 16
+"""Up to this many taps, XLA's fused loop over a sum of shifted images is fastest if it pads them by
+itself; more are read from a padded copy."""
+
+
+class Face(enum.Enum):
+    """Which of the three is computed from the other two."""
+
+    RESULT = "result"  # from images and kernel
+    IMAGES = "images"  # from result and kernel
+    KERNEL = "kernel"  # from images and result
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What the shapes of the operands do not say.
+
+    Attributes:
+        images: spatial size of the images.
+        kernel: spatial size of the kernel.
+        strides: per spatial axis.
+        padding: (low, high) per spatial axis; negative numbers crop.
+        dilation: of the kernel, per spatial axis.
+        groups: of channels.
+    """
+
+    images: Shape
+    kernel: Shape
+    strides: Shape
+    padding: Pads
+    dilation: Shape
+    groups: int
+
+    @property
+    def extents(self) -> Shape:
+        """Size of the dilated kernel."""
+        return tuple(d * (k - 1) + 1 for k, d in zip(self.kernel, self.dilation, strict=True))
+
+    @property
+    def result(self) -> Shape:
+        """Spatial size of the result."""
+        return tuple(
+            max((size + low + high - extent) // stride + 1, 0)
+            for size, (low, high), extent, stride in zip(
+                self.images, self.padding, self.extents, self.strides, strict=True
+            )
+        )
+
+    def taps(self) -> Iterator[Shape]:
+        """Positions in the kernel, row-major."""
+        return itertools.product(*map(range, self.kernel))
+
+
+def layout(rank: int) -> tuple[str, str, str]:
+    """The canonical dimension numbers for this many spatial axes."""
+    spatial = "DHW"[-rank:]
+    return (f"N{spatial}C", f"{spatial}IO", f"N{spatial}C")
+
+
+def _lax(
+    images: jax.Array,
+    kernel: jax.Array,
+    strides: Shape,
+    padding: Pads,
+    spread: Shape,
+    dilation: Shape,
+    groups: int = 1,
+) -> jax.Array:
+    return lax.conv_general_dilated(
+        images,
+        kernel,
+        strides,
+        padding,
+        lhs_dilation=spread,
+        rhs_dilation=dilation,
+        dimension_numbers=layout(len(strides)),
+        feature_group_count=groups,
+    )
+
+
+def native(face: Face, a: jax.Array, b: jax.Array, spec: Spec) -> jax.Array:
+    """XLA's own convolution and JAX's own transposes of it, which its GPU and TPU backends know."""
+    ones = (1,) * len(spec.strides)
+
+    def forward(images: jax.Array, kernel: jax.Array) -> jax.Array:
+        return _lax(images, kernel, spec.strides, spec.padding, ones, spec.dilation, spec.groups)
+
+    if face is Face.RESULT:
+        return forward(a, b)
+    shape = jax.ShapeDtypeStruct(output_shape(face, a.shape, b.shape, spec), a.dtype)
+    if face is Face.IMAGES:
+        return jax.linear_transpose(lambda images: forward(images, b), shape)(a)[0]
+    return jax.linear_transpose(lambda kernel: forward(a, kernel), shape)(b)[0]
+
+
+def output_shape(face: Face, a: Shape, b: Shape, spec: Spec) -> Shape:
+    """The shape of a face from its operands' shapes."""
+    if face is Face.RESULT:
+        return (a[0], *spec.result, b[-1])
+    if face is Face.IMAGES:
+        return (a[0], *spec.images, b[-2] * spec.groups)
+    return (*spec.kernel, a[-1] // spec.groups, b[-1])
+
+
+def cpu(face: Face, a: jax.Array, b: jax.Array, spec: Spec) -> jax.Array:
+    """The fastest way known for XLA's CPU backend."""
+    shape = output_shape(face, a.shape, b.shape, spec)
+    if 0 in (*a.shape, *b.shape, *spec.result):
+        return jnp.zeros(shape, a.dtype)
+    channels = shape[-1] if face is Face.IMAGES else a.shape[-1]
+    if channels == spec.groups:  # one input channel a group; a single channel is one group
+        if spec.groups > 1:
+            return _depthwise(face, a, b, spec)
+        return _one_channel(face, a, b, spec)
+    if spec.groups > 1:
+        return _grouped(face, a, b, spec)
+    if math.prod(spec.kernel) == 1:
+        return _pointwise(face, a, b, spec)
+    return _dense(face, a, b, spec)
+
+
+# --- plain convolutions -------------------------------------------------------------------------
+
+
+def _dense(face: Face, a: jax.Array, b: jax.Array, spec: Spec) -> jax.Array:
+    axes = tuple(range(len(spec.kernel)))
+    ones = (1,) * len(axes)
+    if face is Face.RESULT:
+        return _lax(a, b, spec.strides, spec.padding, ones, spec.dilation)
+    # Rows and columns that no window reaches count as padding, so both gradients are exact.
+    if face is Face.IMAGES:
+        kernel = jnp.swapaxes(jnp.flip(b, axes), -1, -2)
+        return _lax(a, kernel, ones, _flipped(spec).padding, spec.strides, spec.dilation)
+    sizes = zip(spec.images, spec.extents, spec.result, spec.strides, spec.padding, strict=True)
+    pads = tuple(
+        (low, extent - 1 + (result - 1) * stride + 1 - image - low)
+        for image, extent, result, stride, (low, _) in sizes
+    )
+    inner = tuple(i + 1 for i in axes)
+    images = a.transpose(a.ndim - 1, *inner, 0)
+    result = b.transpose(*inner, 0, b.ndim - 1)
+    gradient = _lax(images, _kept_from_onednn(result), spec.dilation, pads, ones, spec.strides)
+    return gradient.transpose(*inner, 0, gradient.ndim - 1)
+
+
+def _kept_from_onednn(kernel: jax.Array) -> jax.Array:
+    """The same kernel as an operation that XLA's oneDNN rewriter passes over.
+
+    oneDNN doubles the speed of results and image gradients with few channels, but a kernel as large
+    as an image is two to three times slower there than in XLA's own convolution. The rewriter
+    leaves a convolution alone whose kernel is a reversal; the barrier keeps the two reversals from
+    cancelling.
+    """
+    if backend.choice() != "onednn":
+        return kernel
+    return jnp.flip(lax.optimization_barrier(jnp.flip(kernel, 0)), 0)
+
+
+def _pointwise(face: Face, a: jax.Array, b: jax.Array, spec: Spec) -> jax.Array:
+    spatial = tuple(range(1, a.ndim - 1))
+    if face is Face.RESULT:
+        return _product(
+            _window(_padded(a, spec), (0,) * len(spatial), spec), b.reshape(b.shape[-2:])
+        )
+    if face is Face.IMAGES:
+        product = _product(a, b.reshape(b.shape[-2:]).T)
+        return _placed(product, (0,) * len(spatial), spec)
+    seen = _window(_padded(a, spec), (0,) * len(spatial), spec)
+    gradient = lax.dot_general(seen, b, (((0, *spatial), (0, *spatial)), ((), ())))
+    return gradient.reshape(*spec.kernel, *gradient.shape)
+
+
+def _product(images: jax.Array, matrix: jax.Array) -> jax.Array:
+    flat = images.reshape(-1, images.shape[-1]) @ matrix
+    return flat.reshape(*images.shape[:-1], matrix.shape[-1])
+
+
+def _grouped(face: Face, a: jax.Array, b: jax.Array, spec: Spec) -> jax.Array:
+    one = dataclasses.replace(spec, groups=1)
+    # A group's kernels are a slice of the last axis in all three shapes.
+    pairs = zip(jnp.split(a, spec.groups, -1), jnp.split(b, spec.groups, -1), strict=True)
+    return jnp.concatenate([cpu(face, *pair, one) for pair in pairs], -1)
+
+
+# --- shifted products ---------------------------------------------------------------------------
+
+
+def _padded(images: jax.Array, spec: Spec) -> jax.Array:
+    if not any(itertools.chain(*spec.padding)):
+        return images
+    rest = ((0, 0, 0),)
+    config = (*rest, *((low, high, 0) for low, high in spec.padding), *rest)
+    return lax.pad(images, jnp.zeros((), images.dtype), config)
+
+
+def _window(padded: jax.Array, tap: Shape, spec: Spec) -> jax.Array:
+    """What this tap of the kernel sees: [B, *result, C] of the padded images."""
+    starts = tuple(t * d for t, d in zip(tap, spec.dilation, strict=True))
+    stops = (
+        start + (size - 1) * stride + 1
+        for start, size, stride in zip(starts, spec.result, spec.strides, strict=True)
+    )
+    return lax.slice(
+        padded,
+        (0, *starts, 0),
+        (padded.shape[0], *stops, padded.shape[-1]),
+        (1, *spec.strides, 1),
+    )
+
+
+def _shifted(images: jax.Array, tap: Shape, spec: Spec) -> jax.Array:
+    """`_window` of `_padded` at stride one, in one operation."""
+    config = [(0, 0, 0)]
+    sizes = zip(tap, spec.dilation, spec.images, spec.result, spec.padding, strict=True)
+    for t, dilation, image, count, (low, _) in sizes:
+        start = t * dilation - low
+        config.append((-start, start + count - image, 0))
+    config.append((0, 0, 0))
+    return lax.pad(images, jnp.zeros((), images.dtype), config)
+
+
+def _placed(result: jax.Array, tap: Shape, spec: Spec) -> jax.Array:
+    """The transpose of `_window` after `_padded`: [B, *result, C] put where this tap saw it."""
+    config = [(0, 0, 0)]
+    sizes = zip(
+        tap, spec.dilation, spec.images, spec.result, spec.strides, spec.padding, strict=True
+    )
+    for t, dilation, image, count, stride, (low, _) in sizes:
+        before = t * dilation - low
+        config.append((before, image - before - (count - 1) * stride - 1, stride - 1))
+    config.append((0, 0, 0))
+    return lax.pad(result, jnp.zeros((), result.dtype), config)
+
+
+def _sum(parts: Iterable[jax.Array]) -> jax.Array:
+    return functools.reduce(operator.add, parts)
+
+
+def _rows(kernel: jax.Array, rank: int) -> list[jax.Array]:
+    """Each tap's [K] of a kernel with one input channel, ready to multiply [B, *spatial, K]."""
+    flat = kernel.reshape(-1, *(1,) * (rank - 1), kernel.shape[-1])
+    return [lax.index_in_dim(flat, i, keepdims=False) for i in range(len(flat))]
+
+
+def _shifted_products(images: jax.Array, kernel: jax.Array, spec: Spec) -> jax.Array:
+    rows = _rows(kernel, images.ndim)
+    if set(spec.strides) == {1} and len(rows) <= FUSED_TAPS:
+        return _sum(
+            _shifted(images, tap, spec) * row for tap, row in zip(spec.taps(), rows, strict=True)
+        )
+    padded = _padded(images, spec)
+    return _sum(
+        _window(padded, tap, spec) * row for tap, row in zip(spec.taps(), rows, strict=True)
+    )
+
+
+def _flipped(spec: Spec) -> Spec:
+    """The convolution of a result, by the flipped kernel, that gives the image gradient."""
+    sizes = zip(spec.images, spec.extents, spec.result, spec.strides, spec.padding, strict=True)
+    pads = []
+    for image, extent, result, stride, (low, _) in sizes:
+        below = extent - 1 - low
+        pads.append((below, image + extent - 1 - ((result - 1) * stride + 1) - below))
+    ones = (1,) * len(pads)
+    return dataclasses.replace(spec, images=spec.result, strides=ones, padding=tuple(pads))
+
+
+def _depthwise(face: Face, a: jax.Array, b: jax.Array, spec: Spec) -> jax.Array:
+    # The K / C results of a channel lie next to each other: repeating channels aligns the images.
+    if face is Face.IMAGES:
+        if set(spec.strides) == {1}:
+            wide = _shifted_products(a, jnp.flip(b, tuple(range(a.ndim - 2))), _flipped(spec))
+        else:
+            pairs = zip(spec.taps(), _rows(b, a.ndim), strict=True)
+            wide = _sum(_placed(a * row, tap, spec) for tap, row in pairs)
+        multiplier = wide.shape[-1] // spec.groups
+        return wide.reshape(*wide.shape[:-1], spec.groups, multiplier).sum(-1)
+    multiplier = b.shape[-1] // spec.groups
+    aligned = a if multiplier == 1 else jnp.repeat(a, multiplier, -1)
+    if face is Face.RESULT:
+        return _shifted_products(aligned, b, spec)
+    padded = _padded(aligned, spec)
+    axes = tuple(range(a.ndim - 1))
+    rows = [jnp.sum(_window(padded, tap, spec) * b, axes) for tap in spec.taps()]
+    return jnp.stack(rows).reshape(*spec.kernel, 1, b.shape[-1])
+
+
+def _one_channel(face: Face, a: jax.Array, b: jax.Array, spec: Spec) -> jax.Array:
+    if face is Face.RESULT:
+        return _shifted_products(a, b, spec)
+    count = math.prod(spec.kernel)
+    if face is Face.IMAGES:
+        flat = b.reshape(count, -1)
+        planes = lax.dot_general(flat, a.reshape(-1, a.shape[-1]), (((1,), (1,)), ((), ())))
+        planes = planes.reshape(count, *a.shape[:-1], 1)
+        return _sum(
+            _placed(lax.index_in_dim(planes, i, keepdims=False), tap, spec)
+            for i, tap in enumerate(spec.taps())
+        )
+    padded = _padded(a, spec)
+    planes = jnp.stack([_window(padded, tap, spec) for tap in spec.taps()])
+    gradient = planes.reshape(count, -1) @ b.reshape(-1, b.shape[-1])
+    return gradient.reshape(*spec.kernel, 1, b.shape[-1])
