@@ -42,7 +42,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "identity": lambda x: x,
 }
 
-NORMS = ("batch", "none")
+NORMS = ("batch", "group", "layer", "none")
 DTYPES = ("float32", "bfloat16")
 
 _CHUNK = 1 << 16
@@ -229,7 +229,20 @@ class Dense(nn.Module):
         return geometry.dense_macs(inputs[-1], self.features)
 
 
-class BatchNorm(nn.Module):
+class _Norm(nn.Module):
+    def _scale_and_bias(self, x: jax.Array, zero_scale: bool) -> tuple[jax.Array, jax.Array]:
+        shape = (x.shape[-1],)
+        start = nn.initializers.zeros if zero_scale else nn.initializers.ones
+        scale = self.param("scale", start, shape, jnp.float32)
+        return scale, self.param("bias", nn.initializers.zeros, shape, jnp.float32)
+
+    def macs(self, inputs: Shape, outputs: Shape) -> int:
+        """0: published tables count no normalisation."""
+        del inputs, outputs
+        return 0
+
+
+class BatchNorm(_Norm):
     """Batch normalisation (Ioffe & Szegedy 2015) over all axes but the last.
 
     Running statistics live in the collection `batch_stats` under `mean` and `var` (the biased
@@ -241,34 +254,119 @@ class BatchNorm(nn.Module):
         epsilon: added to the variance.
         zero_scale: start the scale at 0 instead of 1, so that a residual branch that ends in
             this layer starts as the identity (Goyal et al. 2017, section 5.1).
+        sub_batches: normalise so many equal parts of the batch each by its own statistics, as
+            so many devices without synchronised statistics do; see `ops.norm.batch_norm`.
     """
 
     momentum: float = 0.9
     epsilon: float = 1e-5
     zero_scale: bool = False
+    sub_batches: int = 1
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """[..., C] to [..., C], by the batch's statistics if `train`, else by the running ones."""
-        shape = (x.shape[-1],)
-        start = nn.initializers.zeros if self.zero_scale else nn.initializers.ones
-        scale = self.param("scale", start, shape, jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
-        mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
-        var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
+        """[B, ..., C] to the same, by the batch's statistics if `train`, else the running ones."""
+        scale, bias = self._scale_and_bias(x, self.zero_scale)
+        mean = self.variable("batch_stats", "mean", jnp.zeros, scale.shape, jnp.float32)
+        var = self.variable("batch_stats", "var", jnp.ones, scale.shape, jnp.float32)
         if not train:
             return norm_ops.normalize(x, mean.value, var.value, scale, bias, epsilon=self.epsilon)
-        y, batch_mean, batch_var = norm_ops.batch_norm(x, scale, bias, epsilon=self.epsilon)
+        # A network is initialised on one image, which has no parts.
+        sub_batches = 1 if self.is_initializing() else self.sub_batches
+        y, batch_mean, batch_var = norm_ops.batch_norm(
+            x, scale, bias, epsilon=self.epsilon, sub_batches=sub_batches
+        )
         if not self.is_initializing():
             keep = self.momentum
             mean.value = keep * mean.value + (1 - keep) * batch_mean
             var.value = keep * var.value + (1 - keep) * batch_var
         return y
 
-    def macs(self, inputs: Shape, outputs: Shape) -> int:
-        """0: published tables count no normalisation."""
-        del inputs, outputs
-        return 0
+
+class GroupNorm(_Norm):
+    """Group normalisation (Wu & He 2018) over an example's positions and groups of channels.
+
+    Attributes:
+        groups: must divide the channels. 0: groups of 16 channels, the best of that paper's
+            table 3, or of the next size that divides the channels.
+        epsilon: added to the variance.
+        zero_scale: see `BatchNorm`.
+    """
+
+    groups: int = 0
+    epsilon: float = 1e-5
+    zero_scale: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, ..., C] to the same."""
+        channels = x.shape[-1]
+        most = max(1, channels // 16)
+        groups = self.groups or max(n for n in range(1, most + 1) if channels % n == 0)
+        scale, bias = self._scale_and_bias(x, self.zero_scale)
+        return norm_ops.group_norm(x, scale, bias, groups=groups, epsilon=self.epsilon)
+
+
+class LayerNorm(_Norm):
+    """Layer normalisation (Ba, Kiros & Hinton 2016) of each position over its channels.
+
+    Attributes:
+        epsilon: added to the variance.
+        zero_scale: see `BatchNorm`.
+    """
+
+    epsilon: float = 1e-5
+    zero_scale: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., C] to the same."""
+        scale, bias = self._scale_and_bias(x, self.zero_scale)
+        return norm_ops.layer_norm(x, scale, bias, epsilon=self.epsilon)
+
+
+class RMSNorm(_Norm):
+    """Normalisation of each position by its channels' root mean square (Zhang & Sennrich 2019).
+
+    Attributes:
+        epsilon: added to the mean square.
+    """
+
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., C] to the same."""
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        return norm_ops.rms_norm(x, scale, epsilon=self.epsilon)
+
+
+def normalize(
+    x: jax.Array, norm: str, *, train: bool, zero_scale: bool = False, name: str = "norm"
+) -> jax.Array:
+    """Normalises within the `@nn.compact` method of the calling module.
+
+    Args:
+        x: [B, ..., C].
+        norm: `"batch"`, `"group"` (of 16 channels), `"layer"` (over channels) or `"none"`.
+        train: whether `"batch"` takes the batch's statistics; the others do not depend on it.
+        zero_scale: see `BatchNorm`.
+        name: of the submodule; `"none"` has none.
+
+    Returns:
+        [B, ..., C].
+
+    Raises:
+        CnnlabError: an unknown `norm`.
+    """
+    match choose("norm", norm, NORMS):
+        case "batch":
+            return BatchNorm(zero_scale=zero_scale, name=name)(x, train=train)
+        case "group":
+            return GroupNorm(zero_scale=zero_scale, name=name)(x)
+        case "layer":
+            return LayerNorm(zero_scale=zero_scale, name=name)(x)
+    return x
 
 
 class Pool(nn.Module):
@@ -353,7 +451,7 @@ class ConvBlock(nn.Module):
         padding: pixels on every side; negative for (F_eff - 1) / 2, which keeps the size at
             stride 1 and odd kernels.
         dilation: distance of neighbouring taps.
-        norm: `"batch"` or `"none"`.
+        norm: a name in `NORMS`, see `normalize`.
         activation: a name in `ACTIVATIONS`.
         use_bias: whether the convolution has a bias even where a normalisation follows; without
             one it always has.
@@ -375,7 +473,6 @@ class ConvBlock(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
         """[B, H, W, C] to [B, H', W', features]."""
-        norm = choose("norm", self.norm, NORMS)
         padding = self.padding
         if padding < 0:
             padding = (geometry.effective_kernel(self.kernel_size, self.dilation) - 1) // 2
@@ -387,12 +484,11 @@ class ConvBlock(nn.Module):
             self.strides,
             padding,
             self.dilation,
-            use_bias=self.use_bias or norm == "none",
+            use_bias=self.use_bias or self.norm == "none",
             dtype=self.dtype,
             name="conv",
         )(images)
-        if norm == "batch":
-            x = BatchNorm(zero_scale=self.zero_scale, name="norm")(x, train=train)
+        x = normalize(x, self.norm, train=train, zero_scale=self.zero_scale)
         return activation(self.activation)(x)
 
 

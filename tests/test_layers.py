@@ -7,6 +7,7 @@ import pytest
 from flax import linen as nn
 
 from cnnlab import layers
+from cnnlab.ops import norm
 from cnnlab.types import CnnlabError
 
 KEY = jax.random.key(0)
@@ -44,6 +45,55 @@ def test_batch_norm_and_its_running_statistics_equal_flax():
     np.testing.assert_allclose(
         ours.apply(a, x, train=False), theirs.apply(b, x, use_running_average=True), rtol=1e-4
     )
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (layers.GroupNorm(4), nn.GroupNorm(4, epsilon=1e-5)),
+        (layers.GroupNorm(), nn.GroupNorm(3, epsilon=1e-5)),  # 48 channels: three groups of 16
+        (layers.LayerNorm(), nn.LayerNorm(epsilon=1e-5)),
+        (layers.RMSNorm(), nn.RMSNorm(epsilon=1e-5)),
+    ],
+)
+def test_norms_without_running_statistics_equal_flax(ours, theirs):
+    x = sample(2, 5, 5, 48) * 2 + 1
+    variables = ours.init(KEY, x)
+    assert jax.tree.structure(variables) == jax.tree.structure(theirs.init(KEY, x))
+    variables = jax.tree.map(lambda a: a + sample(48), variables)
+    np.testing.assert_allclose(
+        ours.apply(variables, x), theirs.apply(variables, x), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(6, 1), (24, 1), (88, 4)])
+def test_default_groups_have_sixteen_channels_or_the_next_size_that_divides(channels, groups):
+    x, parameters = sample(2, 3, 3, channels), (jnp.ones(channels), jnp.zeros(channels))
+    y = layers.GroupNorm().init_with_output(KEY, x)[0]
+    np.testing.assert_array_equal(y, norm.group_norm(x, *parameters, groups=groups))
+
+
+def test_sub_batches_move_the_running_statistics_by_their_average():
+    x = sample(6, 4, 4, 3) + jnp.arange(6.0).reshape(6, 1, 1, 1)
+    layer = layers.BatchNorm(momentum=0.0, sub_batches=3)
+    variables = layer.init(KEY, x[:1], train=True)
+    y, moved = layer.apply(variables, x, train=True, mutable=["batch_stats"])
+    parts = np.asarray(x, np.float64).reshape(3, 2, 4, 4, 3)
+    mean, var = parts.mean((1, 2, 3)), parts.var((1, 2, 3))
+    np.testing.assert_allclose(moved["batch_stats"]["mean"], mean.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(moved["batch_stats"]["var"], var.mean(0), rtol=1e-5)
+    centred = np.asarray(y).reshape(parts.shape).mean((1, 2, 3))
+    np.testing.assert_allclose(centred, np.zeros((3, 3)), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", layers.NORMS)
+def test_every_norm_can_be_chosen(name):
+    block = layers.ConvBlock(4, norm=name, activation="identity", zero_scale=True)
+    y, variables = block.init_with_output(KEY, sample(2, 6, 6, 3), train=True)
+    assert ("norm" in variables["params"]) == (name != "none")
+    assert ("bias" in variables["params"]["conv"]) == (name == "none")
+    assert ("batch_stats" in variables) == (name == "batch")
+    assert (np.asarray(y) == 0).all() == (name != "none")  # the scale starts at zero
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def build(
         width: channels throughout.
         stem_stride: stride of the 3x3 stem; 1 keeps the images' resolution.
         activation: after each convolution.
-        norm: `"batch"` or `"none"`.
+        norm: `"batch"`, `"group"`, `"layer"` or `"none"`.
         dropout: rate ahead of the logits.
         spatial_dropout: rate for whole channels after each convolution of the stack.
         dtype: dtype of the computation.

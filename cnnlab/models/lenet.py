@@ -44,7 +44,7 @@ def build(
         pool: `"average"` or `"max"`.
         widths: channels of the two convolutions and units of the two dense layers.
         padding: of the first convolution; 2 for 28x28 images, 0 for 32x32 as in the paper.
-        norm: after the convolutions, `"batch"` or `"none"`.
+        norm: after the convolutions, `"batch"`, `"group"`, `"layer"` or `"none"`.
         dropout: rate ahead of each dense layer but the first.
         spatial_dropout: rate for whole channels after each pooling.
         dtype: dtype of the computation.

@@ -68,7 +68,7 @@ def build(
         zero_init: start each residual branch as zero (see `layers.BatchNorm.zero_scale`); needs
             `norm="batch"` and no `preact`.
         activation: a name in `layers.ACTIVATIONS`.
-        norm: `"batch"` or `"none"`.
+        norm: `"batch"`, `"group"`, `"layer"` or `"none"`.
         dropout: rate between the two convolutions of a block (Zagoruyko & Komodakis, 2.4).
         spatial_dropout: likewise, for whole channels.
         dtype: dtype of the computation.
@@ -187,8 +187,7 @@ class ResNet(nn.Module):
                 )(x, train=train)
             features[f"stage{i + 1}"] = x
         if self.preact:
-            if self.norm == "batch":
-                x = layers.BatchNorm(name="norm")(x, train=train)
+            x = layers.normalize(x, self.norm, train=train)
             x = features[f"stage{STAGES}"] = layers.activation(self.activation)(x)
         x = layers.Pool("global", name="pool")(x)
         return Outputs(layers.Dense(self.num_outputs, name="logits")(x), features=features)
@@ -243,7 +242,7 @@ class ResidualBlock(nn.Module):
         return act(y + (x if same_shape else self._shortcut(x, train)))
 
     def _normalize(self, x: jax.Array, name: str, train: bool) -> jax.Array:
-        return layers.BatchNorm(name=name)(x, train=train) if self.norm == "batch" else x
+        return layers.normalize(x, self.norm, train=train, name=name)
 
     def _conv(self, x: jax.Array, name: str, strides: int, dilation: int) -> jax.Array:
         return layers.Conv(

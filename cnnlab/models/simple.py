@@ -40,7 +40,7 @@ def build(
         hidden: units of the dense layer ahead of the logits.
         padding: pixels on every side of each convolution.
         activation: after each convolution and the dense layer.
-        norm: after each convolution, `"batch"` or `"none"`.
+        norm: after each convolution, `"batch"`, `"group"`, `"layer"` or `"none"`.
         dropout: rate ahead of the logits.
         spatial_dropout: rate for whole channels after each pooling.
         dtype: dtype of the computation.

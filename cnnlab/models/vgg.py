@@ -63,7 +63,7 @@ def build(
             (flatten, two hidden dense layers, dense).
         head_width: units of the original head's hidden layers.
         activation: after each convolution and hidden layer.
-        norm: after each convolution, `"batch"` or `"none"`.
+        norm: after each convolution, `"batch"`, `"group"`, `"layer"` or `"none"`.
         dropout: rate ahead of the logits; in the original head after each hidden layer, where
             the paper has 0.5.
         spatial_dropout: rate for whole channels after each stage.

@@ -1,11 +1,14 @@
 """What single families promise."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cnnlab import geometry, models
+from cnnlab import describe, geometry, models
+from cnnlab.types import CnnlabError
 
 KEY = jax.random.key(0)
 IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(2, 32, 32, 3)), jnp.float32)
@@ -97,3 +100,41 @@ def test_dilated_stack_keeps_its_map_and_sees_what_geometry_says(draw_variables)
     rows, columns = np.flatnonzero(seen.any(1)), np.flatnonzero(seen.any(0))
     assert rows[-1] - rows[0] + 1 == columns[-1] - columns[0] + 1 == field.size == 17
     assert shapes(module)[0]["stage3"] == (32, 32, 2)
+
+
+@pytest.mark.parametrize("kernel_size", [3, 5, 7])
+def test_separable_stack_has_the_parameters_of_its_blocks(kernel_size):
+    module = models.create("separable_stack12", num_outputs=10, kernel_size=kernel_size)
+    features, variables = shapes(module)
+    assert features == {
+        "stem": (32, 32, 32), "stage1": (32, 32, 64), "stage2": (16, 16, 128), "stage3": (8, 8, 256)
+    }  # fmt: skip
+    widths = [32, *[64] * 2, *[128] * 4, *[256] * 6]
+    norms = sum(2 * 2 * width for width in widths) - 2 * 256  # all but the last feed a depthwise
+    kernels = 3 * 3 * 3 * 32 + sum(c * (kernel_size**2 + f) for c, f in itertools.pairwise(widths))
+    count = sum(x.size for x in jax.tree.leaves(variables["params"]))
+    assert count == kernels + norms + 257 * 10
+
+
+def test_separable_blocks_make_the_published_mobilenet():
+    """Howard et al. 2017, table 8: 4.2 million parameters, 569 million multiply-adds."""
+    module = models.create(
+        "separable_stack12", num_outputs=1000, stage_sizes=(1, 2, 2, 6, 2), stem_stride=2
+    )
+    description = describe.describe(module, (224, 224, 3))
+    assert description.parameters == 4_231_976
+    assert round(description.macs / 1e6) == 569
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"stage_sizes": (2, 0)}, "at least 1, such as"),
+        ({"widths": (32, 64)}, "each of the 3 stages"),
+        ({"stem_width": 0}, "stem_width 0"),
+        ({"kernel_size": 4}, "odd.*got 4; use 5"),
+    ],
+)
+def test_separable_stack_explains_bad_values(fields, message):
+    with pytest.raises(CnnlabError, match=message):
+        models.create("separable_stack12", num_outputs=10, **fields)

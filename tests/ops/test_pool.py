@@ -1,66 +1,326 @@
-"""Pooling against lax to the last bit, and against NumPy."""
+"""Pooling against lax to the last bit, and against NumPy in float64."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from jax import export, lax
+from jax.ad_checkpoint import print_saved_residuals
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from cnnlab.ops import pool
+from cnnlab.types import CnnlabError
 
 NONE = ((0, 0), (0, 0))
-CASES = [
-    ((2, 2), (2, 2), NONE, (3, 8, 8, 5)),
-    ((2, 2), (2, 2), NONE, (3, 9, 7, 5)),
-    ((2, 3), (2, 3), ((0, 1), (1, 1)), (2, 7, 8, 3)),
-    ((3, 3), (2, 2), ((1, 1), (1, 1)), (2, 9, 8, 4)),
-    ((3, 3), (1, 1), NONE, (2, 7, 7, 4)),
-    ((3, 2), (1, 2), ((1, 0), (0, 1)), (2, 6, 8, 4)),
-    ((2, 2), (3, 3), NONE, (2, 8, 9, 4)),
-]
+
+# Unoptimised code, where each program runs once and only its compilation costs.
+jit_once = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def lax_max_pool(images, window, strides, padding):
     return lax.reduce_window(
-        images, -jnp.inf, lax.max, (1, *window, 1), (1, *strides, 1), ((0, 0), *padding, (0, 0))
+        images,
+        images.dtype.type(-np.inf),
+        lax.max,
+        (1, *window, 1),
+        (1, *strides, 1),
+        ((0, 0), *padding, (0, 0)),
     )
 
 
-@pytest.mark.parametrize("ties", [False, True])
-@pytest.mark.parametrize(("window", "strides", "padding", "shape"), CASES)
-def test_max_pool_and_gradient_equal_lax_to_the_bit(window, strides, padding, shape, ties):
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 3, shape) if ties else rng.normal(size=shape)
-    images = jnp.asarray(images, jnp.float32)
-    expected, pull_back = jax.vjp(lambda x: lax_max_pool(x, window, strides, padding), images)
-    actual, our_pull_back = jax.vjp(
-        jax.jit(lambda x: pool.max_pool(x, window, strides=strides, padding=padding)), images
+def max_pool(images, window, strides, padding):
+    return pool.max_pool(images, window, strides=strides, padding=padding)
+
+
+def draw(shape, seed=0, dtype=jnp.float32):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+@st.composite
+def poolings(draw_from):
+    """(window, strides, padding, height and width) such that at least one window fits."""
+    axis = []
+    for _ in range(2):
+        window = draw_from(st.integers(1, 4))
+        pads = tuple(draw_from(st.integers(0, window - 1)) for _ in range(2))
+        stride = draw_from(st.one_of(st.just(window), st.integers(1, 5)))
+        axis.append((window, stride, pads, draw_from(st.integers(max(1, window - sum(pads)), 9))))
+    return tuple(zip(*axis, strict=True))
+
+
+def value_and_gradient(function, pooling, images, cotangent):
+    pooled, pull_back = jax.vjp(lambda x: function(x, *pooling), images)
+    return pooled, pull_back(cotangent)[0]
+
+
+@settings(derandomize=True, deadline=None, max_examples=5)
+@given(poolings(), st.integers(0, 2**31 - 1))
+@example(((2, 2), (2, 2), NONE, (9, 7)), 0)
+@example(((2, 3), (2, 3), ((0, 1), (1, 1)), (7, 8)), 1)
+@example(((5, 4), (5, 4), ((2, 0), (0, 3)), (12, 9)), 2)
+@example(((3, 3), (2, 2), ((1, 1), (1, 1)), (9, 8)), 3)
+@example(((3, 3), (1, 1), ((1, 1), (1, 1)), (7, 7)), 4)
+@example(((2, 2), (3, 3), NONE, (8, 9)), 5)
+@example(((9, 8), (3, 2), ((4, 1), (0, 7)), (11, 12)), 6)
+def test_max_pool_and_gradient_equal_lax_to_the_bit(pooling, seed):
+    *pooling, size = pooling
+    rng = np.random.default_rng(seed)
+    ties = jnp.asarray(rng.integers(-1, 2, (2, *size, 3)), jnp.float32)
+    smooth = jnp.asarray(rng.normal(size=(2, *size, 3)), jnp.float32)
+    shape = jax.eval_shape(lambda: max_pool(ties, *pooling)).shape
+    cotangent = jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    @jax.jit
+    def both(images):
+        return [value_and_gradient(f, pooling, images, cotangent) for f in (max_pool, lax_max_pool)]
+
+    for images in (ties, smooth):
+        (pooled, gradient), (expected_pooled, expected_gradient) = both(images)
+        np.testing.assert_array_equal(pooled, expected_pooled)
+        np.testing.assert_array_equal(gradient, expected_gradient)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_equals_lax_to_the_bit(dtype):
+    images, pooling = draw((2, 9, 8, 3), dtype=dtype), ((3, 3), (2, 2), ((1, 1), (1, 1)))
+    cotangent = draw((2, 5, 4, 3), 1, dtype)
+    ours, theirs = (
+        jax.jit(functools.partial(value_and_gradient, f, pooling))(images, cotangent)
+        for f in (max_pool, lax_max_pool)
     )
-    cotangent = jnp.asarray(rng.normal(size=expected.shape), jnp.float32)
-    np.testing.assert_array_equal(actual, expected)
-    np.testing.assert_array_equal(our_pull_back(cotangent)[0], pull_back(cotangent)[0])
-    assert "select_and" not in str(jax.make_jaxpr(our_pull_back)(cotangent))
+    for actual, expected in zip(ours, theirs, strict=True):
+        assert actual.dtype == dtype
+        np.testing.assert_array_equal(actual, expected)
 
 
-def test_max_pool_off_the_cpu_is_the_same(monkeypatch):
-    images = jnp.asarray(np.random.default_rng(1).normal(size=(2, 9, 9, 3)), jnp.float32)
-    call = lambda: pool.max_pool(images, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))  # noqa: E731
-    here = call()
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert "reduce_window" in str(jax.make_jaxpr(call)())
-    np.testing.assert_array_equal(here, call())
+POOLINGS = {
+    "tiles": ((2, 2), (2, 2), NONE),
+    "large tiles": ((3, 2), (3, 2), ((0, 1), (1, 0))),
+    "overlapping": ((3, 3), (2, 2), ((1, 1), (1, 0))),
+}
+poolings_of_each_kind = pytest.mark.parametrize(
+    "pooling", list(POOLINGS.values()), ids=list(POOLINGS)
+)
 
 
-@pytest.mark.parametrize(("window", "strides", "padding", "shape"), CASES)
-def test_avg_pool_equals_numpy(window, strides, padding, shape):
-    images = np.random.default_rng(2).normal(size=shape).astype(np.float32)
-    padded = np.pad(images, ((0, 0), *padding, (0, 0)))
-    windows = np.lib.stride_tricks.sliding_window_view(padded, window, axis=(1, 2))
-    expected = windows[:, :: strides[0], :: strides[1]].mean((-2, -1))
-    actual = pool.avg_pool(jnp.asarray(images), window, strides=strides, padding=padding)
-    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
+def loss(function, pooling):
+    return lambda x: jnp.sum(jnp.sin(function(x, *pooling)) * function(x, *pooling) ** 2)
 
 
-def test_global_avg_pool_sums_in_float32():
+@poolings_of_each_kind
+def test_forward_mode_and_second_order_equal_lax(pooling):
+    images, direction = draw((1, 5, 6, 2)), draw((1, 5, 6, 2), 1)
+
+    @jit_once
+    def derivatives(images):
+        def of(function):
+            f, total = (lambda x: function(x, *pooling)), loss(function, pooling)
+            return {
+                "jvp": jax.jvp(f, (images,), (direction,)),
+                "jacfwd": jax.jacfwd(f)(images),
+                "jacrev": jax.jacrev(f)(images),
+                "forward over reverse": jax.jvp(jax.grad(total), (images,), (direction,))[1],
+                "reverse over forward": jax.grad(lambda x: jax.jvp(total, (x,), (direction,))[1])(
+                    images
+                ),
+                "reverse over reverse": jax.grad(lambda x: jnp.vdot(jax.grad(total)(x), direction))(
+                    images
+                ),
+            }
+
+        return of(max_pool), of(lax_max_pool)
+
+    ours, theirs = derivatives(images)
+    np.testing.assert_array_equal(ours["jacfwd"], ours["jacrev"])
+    assert np.abs(ours["reverse over reverse"]).max() > 0.1
+    for name, expected in theirs.items():
+        for a, b in zip(jax.tree.leaves(ours[name]), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6, err_msg=name)
+
+
+@poolings_of_each_kind
+def test_gradients_under_vmap_loops_and_remat(pooling):
+    stack = draw((3, 2, 6, 5, 2))
+    total = loss(max_pool, pooling)
+    gradient = jax.grad(total)
+    expected = np.stack([jit_once(gradient)(images) for images in stack])
+
+    @jit_once
+    def gradients(stack):
+        def put(i, into):
+            return into.at[i].set(gradient(stack[i]))
+
+        def add(carry, images):
+            return carry + total(images), None
+
+        return {
+            "vmap": jax.vmap(gradient)(stack),
+            "map": lax.map(gradient, stack),
+            "fori_loop": lax.fori_loop(0, 3, put, jnp.zeros_like(stack)),
+            "gradient of scan": jax.grad(lambda s: lax.scan(add, 0.0, s)[0])(stack),
+            "remat": jax.grad(lambda s: jax.checkpoint(jax.vmap(total))(s).sum())(stack),
+        }
+
+    for name, actual in gradients(stack).items():
+        np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-6, err_msg=name)
+
+
+@poolings_of_each_kind
+def test_backward_keeps_images_and_result_and_no_masks(pooling, capsys):
+    images = draw((2, 6, 5, 3))
+    print_saved_residuals(lambda x: max_pool(x, *pooling).sum(), images)
+    shape = "f32[{},{},{},{}]"
+    kept = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert sorted(kept) == sorted(
+        shape.format(*s) for s in (images.shape, max_pool(images, *pooling).shape)
+    )
+
+
+@poolings_of_each_kind
+def test_platform_is_chosen_when_lowering(pooling):
+    function = jax.jit(jax.value_and_grad(loss(max_pool, pooling)))
+    images = draw((2, 6, 5, 3))
+    for platform, native in (("cpu", False), ("cuda", True), ("tpu", True)):
+        text = function.trace(images).lower(lowering_platforms=(platform,)).as_text()
+        assert ("stablehlo.reduce_window" in text) == native
+        assert "select_and_scatter" not in text
+
+
+def test_exported_program_runs_for_any_batch_on_all_platforms():
+    function = jax.jit(jax.grad(loss(max_pool, POOLINGS["overlapping"])))
+    (batch,) = export.symbolic_shape("b")
+    shape = jax.ShapeDtypeStruct((batch, 6, 5, 3), jnp.float32)
+    exported = export.export(function, platforms=["cpu", "cuda", "tpu"])(shape)
+    images = draw((3, 6, 5, 3))
+    np.testing.assert_allclose(exported.call(images), function(images), rtol=1e-5, atol=1e-6)
+
+
+@poolings_of_each_kind
+def test_sharded_batch_stays_where_it_is(pooling):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    images = draw((16, 6, 5, 3))
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    cotangent = jnp.ones_like(max_pool(images, *pooling))
+    function = jax.jit(functools.partial(value_and_gradient, max_pool, pooling))
+    inputs = jax.device_put((images, cotangent), sharding)
+    outputs = function(*inputs)
+    for sharded, whole in zip(outputs, function(images, cotangent), strict=True):
+        assert sharded.sharding.is_equivalent_to(sharding, 4)
+        np.testing.assert_array_equal(sharded, whole)
+    compiled = function.lower(*inputs).compile().as_text()
+    assert not any(word in compiled for word in ("all-gather", "all-to-all", "collective-permute"))
+
+
+@pytest.mark.parametrize("strides", [(1, 1), (3, 3)])
+def test_padding_never_wins_and_nan_does(strides):
+    def gradient(corner):
+        images = jnp.asarray(corner, jnp.float32).reshape(1, 2, 2, 1)
+        return value_and_gradient(
+            max_pool, ((3, 3), strides, ((1, 0), (1, 0))), images, jnp.full((1, 1, 1, 1), 5.0)
+        )
+
+    pooled, share = gradient([-np.inf] * 4)  # the first pixel, not the padding ahead of it
+    assert pooled == -np.inf
+    np.testing.assert_array_equal(share.ravel(), [5, 0, 0, 0])
+    pooled, share = gradient([1, np.nan, 3, 2])
+    assert np.isnan(pooled)
+    np.testing.assert_array_equal(share.ravel(), [0, 0, 0, 0])
+
+
+def numpy_mean(images, window, strides, padding, count_include_pad):
+    def windows(x):
+        x = np.pad(x, ((0, 0), *padding, (0, 0)))
+        views = np.lib.stride_tricks.sliding_window_view(x, window, axis=(1, 2))
+        return views[:, :: strides[0], :: strides[1]].sum((-2, -1))
+
+    images = np.asarray(images, np.float64)
+    count = np.prod(window) if count_include_pad else windows(np.ones_like(images))
+    return windows(images) / count
+
+
+@pytest.mark.parametrize("count_include_pad", [True, False])
+@pytest.mark.parametrize(
+    ("window", "strides", "padding"),
+    [
+        ((2, 2), None, NONE),
+        ((3, 2), (2, 3), ((1, 0), (0, 1))),
+        ((3, 3), (1, 1), ((1, 1), (1, 1))),
+        ((9, 7), (5, 1), ((0, 8), (6, 0))),
+    ],
+)
+def test_avg_pool_and_gradient_equal_numpy(window, strides, padding, count_include_pad):
+    images = draw((2, 9, 8, 3))
+    expected = numpy_mean(images, window, strides or window, padding, count_include_pad)
+    cotangent = draw(expected.shape, 1)
+
+    @jit_once
+    def ours(images):
+        pooled, pull_back = jax.vjp(
+            lambda x: pool.avg_pool(
+                x, window, strides=strides, padding=padding, count_include_pad=count_include_pad
+            ),
+            images,
+        )
+        return pooled, pull_back(cotangent)[0]
+
+    pooled, gradient = ours(images)
+    np.testing.assert_allclose(pooled, expected, rtol=1e-5, atol=1e-6)
+    # Linear: its transpose is known from what it makes of each single pixel.
+    pixels = np.eye(9 * 8).reshape(72, 9, 8, 1)
+    columns = numpy_mean(pixels, window, strides or window, padding, count_include_pad)
+    by_pixel = np.einsum("pijo,bijc->bpc", columns, np.asarray(cotangent, np.float64))
+    np.testing.assert_allclose(gradient, by_pixel.reshape(2, 9, 8, 3), rtol=1e-5, atol=1e-6)
+
+
+def test_averages_are_summed_in_float32():
     images = jnp.full((1, 64, 64, 2), 1.0078125, jnp.bfloat16)  # a bfloat16 sum would stall at 256
-    assert (pool.global_avg_pool(images) == images[:, 0, 0]).all()
+    means = jit_once(lambda x: (pool.global_avg_pool(x), pool.avg_pool(x, (32, 64))))(images)
+    for mean in means:
+        np.testing.assert_array_equal(mean, np.full(mean.shape, 1.0078125))
+
+
+@pytest.mark.parametrize("size", [(1, 2), (4, 5), (9, 9)])
+def test_global_max_pool_gives_all_to_the_first_maximum(size):
+    images = jnp.asarray(np.random.default_rng(0).integers(0, 3, (2, *size, 3)), jnp.float32)
+    cotangent = draw((2, 3), 1)
+    pooled, pull_back = jax.vjp(jax.jit(pool.global_max_pool), images)
+    flat = np.asarray(images).reshape(2, -1, 3)
+    expected = np.zeros_like(flat)
+    np.put_along_axis(expected, flat.argmax(1)[:, None], np.asarray(cotangent)[:, None], axis=1)
+    np.testing.assert_array_equal(pooled, flat.max(1))
+    np.testing.assert_array_equal(pull_back(cotangent)[0], expected.reshape(images.shape))
+
+
+IMAGES = jnp.zeros((1, 6, 5, 2))
+MAX, AVG = pool.max_pool, pool.avg_pool
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: MAX(IMAGES.astype(int), (2, 2)), "int32.*astype"),
+        (lambda: pool.global_avg_pool(IMAGES > 0), "bool.*astype"),
+        (lambda: pool.global_max_pool(IMAGES[0]), r"\(6, 5, 2\).*images\[None\]"),
+        (lambda: AVG(IMAGES[:, :0], (1, 1)), "at least one pixel"),
+        (lambda: MAX(IMAGES, (7, 2)), "height 7 does not fit into 6 .*at most 6"),
+        (lambda: AVG(IMAGES, (1, 8), padding=((0, 0), (1, 1))), "width 8 .* into 5 .*at most 7"),
+        (lambda: MAX(IMAGES, (0, 2)), r"window must be.*got \(0, 2\)"),
+        (lambda: MAX(IMAGES, 2), "window must be.*got 2"),
+        (lambda: MAX(IMAGES, (2, 2), strides=(2, 0)), r"strides must be.*got \(2, 0\)"),
+        (lambda: AVG(IMAGES, (2, 2), strides=(2, 1.5)), "strides must be"),
+        (lambda: AVG(IMAGES, (2, 2), padding=((0, -1), (0, 0))), "padding must be.*-1.*crop"),
+        (lambda: MAX(IMAGES, (2, 2), padding=(1, 1)), "padding must be"),
+        (lambda: MAX(IMAGES, (3, 2), padding=((0, 0), (0, 2))), "no maximum.*width 2.*at most 1"),
+        (
+            lambda: AVG(IMAGES, (2, 2), padding=((2, 0), (0, 0)), count_include_pad=False),
+            "no mean.*height 2.*at most 1",
+        ),
+    ],
+)
+def test_says_what_is_wrong(call, message):
+    with pytest.raises(CnnlabError, match=message):
+        call()
