@@ -12,7 +12,8 @@ bad at, by shape alone, so that one program always gives the same bits:
   loops. Both gradients are written as plain convolutions with explicit transposes.
 - One input channel leaves vector lanes empty. Its result is a sum of shifted products (the fused
   loop reads the image once for all taps), its image gradient a sum of shifted planes of one matrix
-  product, its kernel gradient one matrix product with stacked shifted planes.
+  product, its kernel gradient, if there are more channels than taps, one matrix product with
+  stacked shifted planes.
 - Depthwise convolutions run one channel at a time. All three faces become shifted products.
 - Kernels of size one are matrix products.
 - A convolution with groups is one convolution a group.
@@ -37,6 +38,9 @@ from cnnlab import backend
 Shape = tuple[int, ...]
 Pads = tuple[tuple[int, int], ...]
 
+
+BARRIERS_HOLD = jax.__version_info__ >= (0, 12)
+"""Whether `optimization_barrier` keeps XLA from fusing on CPU; that of jax 0.10 drops it before."""
 
 FUSED_TAPS = 16
 """Up to this many taps, XLA's fused loop over a sum of shifted images is fastest if it pads them by
@@ -327,7 +331,7 @@ def _depthwise(face: Face, a: jax.Array, b: jax.Array, spec: Spec) -> jax.Array:
 
 def _one_channel(face: Face, a: jax.Array, b: jax.Array, spec: Spec) -> jax.Array:
     if face is Face.RESULT:
-        return _shifted_products(a, b, spec)
+        return _shifted_products(a, b, spec) if BARRIERS_HOLD else _dense(face, a, b, spec)
     count = math.prod(spec.kernel)
     if face is Face.IMAGES:
         flat = b.reshape(count, -1)
@@ -337,6 +341,8 @@ def _one_channel(face: Face, a: jax.Array, b: jax.Array, spec: Spec) -> jax.Arra
             _placed(lax.index_in_dim(planes, i, keepdims=False), tap, spec)
             for i, tap in enumerate(spec.taps())
         )
+    if b.shape[-1] <= count:  # the planes would take longer to write than the product saves
+        return _dense(face, a, b, spec)
     padded = _padded(a, spec)
     planes = jnp.stack([_window(padded, tap, spec) for tap in spec.taps()])
     gradient = planes.reshape(count, -1) @ b.reshape(-1, b.shape[-1])

@@ -3,9 +3,8 @@
 XLA differentiates a maximum by select-and-scatter, which is slow on CPU and, on GPU, adds
 overlapping windows in the order of atomics. Here the tangent is a sum over the window's taps of
 `where(this tap is the first maximum, tangent at this tap, 0)`. JAX transposes that into the
-gradient, so that one rule gives reverse mode, forward mode and everything built of them. Which
-tap is the first maximum is found again in the backward pass: nothing is kept but the images and
-the result.
+gradient, so that one rule gives reverse mode, forward mode and everything built of them. For the
+backward pass nothing is kept but the number of the tap with the first maximum, a byte a window.
 """
 
 from __future__ import annotations
@@ -38,10 +37,10 @@ def max_pool(
 ) -> jax.Array:
     """The maximum of each window; padding never wins.
 
-    The gradient goes to the first maximum of a window in row-major order and, for finite images,
-    equals that of `lax.reduce_window` to the last bit, overlapping windows included. All
-    derivatives work: forward and reverse mode, of any order, under `vmap`, `remat`, loops and
-    `jax.export`. A maximum that is NaN has no gradient.
+    The gradient goes to the first maximum of a window in row-major order and equals that of
+    `lax.reduce_window` to the last bit, overlapping windows included; only a maximum that is NaN
+    has none. All derivatives work: forward and reverse mode, of any order, under `vmap`, `remat`,
+    loops and `jax.export`.
 
     Args:
         images: [B, H, W, C], floating point.
@@ -311,47 +310,48 @@ def _max_pool_jvp(
 ) -> tuple[jax.Array, jax.Array]:
     (images,), (tangent,) = primals, tangents
     pooled = _max_pool(images, window, strides, padding)
+    # The barriers keep XLA from computing such an intermediate result anew for each window and tap
+    # that uses it, up to six times the work of all the rest.
+    still = lax.stop_gradient((images, pooled))
+    number = lax.optimization_barrier(_first_number(*still, window, strides, padding))
 
     # Without the checkpoint a mask for each tap would be kept for the backward pass.
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def at_first(images: jax.Array, pooled: jax.Array, tangent: jax.Array) -> jax.Array:
-        # NaN equals nothing, not even a maximum of -inf: padding never wins.
-        padded = _pad(images, padding, jnp.nan)
-        tangent = _pad(tangent, padding, 0.0)
+    def at_first(number: jax.Array, tangent: jax.Array) -> jax.Array:
+        padded = _pad(tangent, padding, 0.0)
         zero = jnp.zeros((), tangent.dtype)
         if window == strides:
-            first = _first_in_tiles(padded, pooled, window)
-            return jnp.where(first, _tiles(tangent, window), zero).sum(axis=3)
-        masks = _first_masks(_views(padded, window, strides), pooled)
-        if strides == (1, 1):
-            # Else XLA computes the masks anew for each of the windows that a pixel is part of.
-            masks = lax.optimization_barrier(masks)
-        taps = _taps(tangent, window, strides)
-        return functools.reduce(
-            jnp.add,
-            [jnp.where(mask, tap, zero) for mask, tap in zip(masks, taps, strict=True)],
-        )
+            tiles = _tiles(padded, window)
+            taps = lax.broadcasted_iota(number.dtype, (1, 1, 1, tiles.shape[3], 1), 3)
+            return jnp.where(number[:, :, :, None] == taps, tiles, zero).sum(axis=3)
+        shares = [
+            jnp.where(number == tap, value, zero)
+            for tap, value in enumerate(_taps(padded, window, strides))
+        ]
+        return functools.reduce(jnp.add, shares)
 
-    return pooled, at_first(*lax.stop_gradient((images, pooled)), tangent)
+    return pooled, at_first(number, tangent)
 
 
-def _first_masks(views: list[jax.Array], pooled: jax.Array) -> list[jax.Array]:
-    """For each tap, where it is the first that equals the maximum."""
-    taken = jnp.zeros(pooled.shape, bool)
-    masks = []
-    for view in views:
-        equal = view == pooled
-        masks.append(equal & ~taken)
-        taken |= equal
-    return masks
+def _first_number(
+    images: jax.Array, pooled: jax.Array, window: Pair, strides: Pair, padding: Pads
+) -> jax.Array:
+    """The number of the tap with the first maximum, or that of no tap where the maximum is NaN.
 
-
-def _first_in_tiles(padded: jax.Array, pooled: jax.Array, window: Pair) -> jax.Array:
-    """The same for windows that tile the images, as one array: [B, H', W', h w, C]."""
-    if math.prod(window) <= _UNROLLED_TILES:
-        return jnp.stack(_first_masks(_views(padded, window, window), pooled), axis=3)
-    equal = _tiles(padded, window) == pooled[:, :, :, None]
-    last = equal.shape[3]
-    number = lax.broadcasted_iota(np.min_scalar_type(last), (1, 1, 1, last, 1), 3)
-    first = jnp.where(equal, number, number.dtype.type(last)).min(axis=3, keepdims=True)
-    return first == number
+    Taps are compared with each other, never with the maximum that was returned: XLA may have fused
+    what made the images into either computation, rounded differently, so that they differ in the
+    last bit and no tap would equal the maximum.
+    """
+    count = math.prod(window)
+    dtype = np.min_scalar_type(count)
+    padded = _pad(images, padding, -jnp.inf)
+    if count > _UNROLLED:
+        number = jnp.argmax(_tiles(padded, window), axis=3).astype(dtype)
+    else:
+        best, *others = _views(padded, window, strides)
+        number = jnp.zeros(pooled.shape, dtype)
+        for tap, view in enumerate(others, 1):
+            better = view > best
+            best = jnp.where(better, view, best)
+            number = jnp.where(better, dtype.type(tap), number)
+    return jnp.where(jnp.isnan(pooled), dtype.type(count), number)
