@@ -43,8 +43,8 @@ BARRIERS_HOLD = jax.__version_info__ >= (0, 12)
 """Whether `optimization_barrier` keeps XLA from fusing on CPU; that of jax 0.10 drops it before."""
 
 FUSED_TAPS = 16
-"""Up to this many taps, XLA's fused loop over a sum of shifted images is fastest if it pads them by
-itself; more are read from a padded copy."""
+"""Up to this many taps of a depthwise kernel, products that are padded to their places are summed
+fastest; of more, and with one input channel, products with slices of padded images."""
 
 
 class Face(enum.Enum):
@@ -151,6 +151,9 @@ def cpu(face: Face, a: jax.Array, b: jax.Array, spec: Spec) -> jax.Array:
     shape = output_shape(face, a.shape, b.shape, spec)
     if 0 in (*a.shape, *b.shape, *spec.result):
         return jnp.zeros(shape, a.dtype)
+    # What made the operands (a normalisation's gradient, say) would be fused into each tap's
+    # product and each transposition, computed anew for each and slowly.
+    a, b = lax.optimization_barrier((a, b))
     channels = shape[-1] if face is Face.IMAGES else a.shape[-1]
     if channels == spec.groups:  # one input channel a group; a single channel is one group
         if spec.groups > 1:
@@ -287,15 +290,15 @@ def _rows(kernel: jax.Array, rank: int) -> list[jax.Array]:
 
 
 def _shifted_products(images: jax.Array, kernel: jax.Array, spec: Spec) -> jax.Array:
-    rows = _rows(kernel, images.ndim)
-    if set(spec.strides) == {1} and len(rows) <= FUSED_TAPS:
-        return _sum(
-            _shifted(images, tap, spec) * row for tap, row in zip(spec.taps(), rows, strict=True)
-        )
-    padded = _padded(images, spec)
-    return _sum(
-        _window(padded, tap, spec) * row for tap, row in zip(spec.taps(), rows, strict=True)
-    )
+    pairs = zip(spec.taps(), _rows(kernel, images.ndim), strict=True)
+    few = images.shape[-1] > 1 and math.prod(spec.kernel) <= FUSED_TAPS
+    if few and set(spec.strides) == {1}:
+        total = _sum(_shifted(images * row, tap, spec) for tap, row in pairs)
+    else:
+        padded = _padded(images, spec)
+        total = _sum(_window(padded, tap, spec) * row for tap, row in pairs)
+    # Without the barrier XLA fuses the sum into whatever reads it, and computes it anew for each.
+    return lax.optimization_barrier(total)
 
 
 def _flipped(spec: Spec) -> Spec:
