@@ -239,7 +239,7 @@ def test_a_sharded_batch_gives_the_gradient_of_the_whole():
 
 
 def test_exports_with_a_symbolic_batch_and_chooses_by_platform():
-    ours, _, images, kernel = pair("one channel")
+    ours, _, images, kernel = pair("depthwise")
     (batch,) = jax.export.symbolic_shape("b")
     shape = jax.ShapeDtypeStruct((batch, *images.shape[1:]), images.dtype)
     exported = jax.export.export(jax.jit(ours), platforms=["cpu", "cuda", "tpu"])(shape, kernel)
