@@ -191,8 +191,11 @@ def test_each_window_has_one_gradient_whatever_the_images_are_fused_with():
         jax.random.uniform(jax.random.key(0), (16, 28, 28, 1)),
         jnp.zeros((16, 28, 28, 64)),
     )
-    by_pixel = jax.jit(jax.grad(total))(offset, image)
+    value, by_pixel = jax.jit(jax.value_and_grad(total))(offset, image)
     assert jnp.sum(by_pixel) == 16 * 14 * 14 * 64
+    taps = [kernel[i] * jnp.roll(image, (i // 3, i % 3), (1, 2)) for i in range(9)]
+    made = functools.reduce(jnp.add, taps) + bias
+    np.testing.assert_allclose(jnp.vdot(by_pixel, made), value, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["tiles", "overlapping"])
