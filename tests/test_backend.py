@@ -46,19 +46,21 @@ assert "jax" not in sys.modules
 import jax, jax.numpy as jnp
 x = jnp.zeros(8 << 20)  # 32 MiB: 8,192 pages
 f = jax.jit(lambda x: x + 1)
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    jax.block_until_ready(f(x))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 for _ in range(40):  # until the slivers of alignment have found their places
-    jax.block_until_ready(f(x))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(4):
-    jax.block_until_ready(f(x))
-print(json.dumps([kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before]))
+    faults()
+# a call may still meet another thread's piece: most calls must not
+print(json.dumps([kept, sum(faults() > 4096 for _ in range(40))]))
 """
-    kept, faults = in_process(code)
+    kept, faulting = in_process(code)
     assert kept
-    assert faults < 8192
-    kept, faults = in_process(code, CNNLAB_CPU="plain")
+    assert faulting < 10
+    kept, faulting = in_process(code, CNNLAB_CPU="plain")
     assert not kept
-    assert faults > 4 * 8192 - 1000
+    assert faulting == 40
 
 
 def test_plain_leaves_jax_as_it_comes():
