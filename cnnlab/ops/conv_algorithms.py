@@ -11,10 +11,13 @@ bad at, by shape alone, so that one program always gives the same bits:
 - Convolutions that are written in another order than NHWC, HWIO, NHWC lose their fast kernel inside
   loops. Both gradients are written as plain convolutions with explicit transposes.
 - One input channel leaves vector lanes empty. Its result is a sum of shifted products (the fused
-  loop reads the image once for all taps), its image gradient a sum of shifted planes of one matrix
-  product, its kernel gradient, if there are more channels than taps, one matrix product with
-  stacked shifted planes.
-- Depthwise convolutions run one channel at a time. All three faces become shifted products.
+  loop reads the image once for all taps; XLA's own convolution where barriers do not hold), its
+  image gradient a sum of shifted planes of one matrix product, its kernel gradient, if there are
+  more channels than taps, one matrix product with stacked shifted planes.
+- Few output channels leave them empty, too: one matrix product for all taps, then a sum of shifted
+  planes (the gradient of images with three channels, say).
+- Depthwise convolutions run one channel at a time. All three faces become shifted products; the
+  kernel gradient's are added in vectors before they are reduced.
 - Kernels of size one are matrix products.
 - A convolution with groups is one convolution a group.
 """
@@ -31,6 +34,7 @@ from collections.abc import Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from cnnlab import backend
@@ -45,6 +49,18 @@ BARRIERS_HOLD = jax.__version_info__ >= (0, 12)
 FUSED_TAPS = 16
 """Up to this many taps of a depthwise kernel, products that are padded to their places are summed
 fastest; of more, and with one input channel, products with slices of padded images."""
+
+FEW_CHANNELS = 8
+"""Up to this many channels that come out of a dense convolution, if more than twice as many go in,
+one matrix product for all taps and a sum of its parts is faster than XLA's own convolution, whose
+matrix product is as narrow as what comes out."""
+
+SHORT_ROW = 3
+"""Up to this many times as long as the kernel, a whole row goes through that product at once: it
+multiplies by zeros, too, but what is to be summed then lies in one piece."""
+
+SUMMED = 16
+"""How many products a depthwise kernel's gradient adds elementwise before it reduces."""
 
 
 class Face(enum.Enum):
@@ -172,6 +188,8 @@ def cpu(face: Face, a: jax.Array, b: jax.Array, spec: Spec) -> jax.Array:
 def _dense(face: Face, a: jax.Array, b: jax.Array, spec: Spec) -> jax.Array:
     axes = tuple(range(len(spec.kernel)))
     ones = (1,) * len(axes)
+    if face is not Face.KERNEL and _planes_pay(face, b.shape, spec):
+        return _planes(face, a, b, spec)
     if face is Face.RESULT:
         return _lax(a, b, spec.strides, spec.padding, ones, spec.dilation)
     # Rows and columns that no window reaches count as padding, so both gradients are exact.
@@ -188,6 +206,67 @@ def _dense(face: Face, a: jax.Array, b: jax.Array, spec: Spec) -> jax.Array:
     result = b.transpose(*inner, 0, b.ndim - 1)
     gradient = _lax(images, _kept_from_onednn(result), spec.dilation, pads, ones, spec.strides)
     return gradient.transpose(*inner, 0, gradient.ndim - 1)
+
+
+def _planes_pay(face: Face, kernel: Shape, spec: Spec) -> bool:
+    """Whether few enough numbers come out, of enough that go in, at a stride that overlaps."""
+    sizes, channels = (spec.images, spec.result), kernel[-2:]
+    if face is Face.IMAGES:
+        sizes, channels = sizes[::-1], channels[::-1]
+    elif set(spec.strides) != {1}:
+        return False  # most of what is multiplied would be thrown away
+    overlaps = any(size > stride for size, stride in zip(spec.kernel, spec.strides, strict=True))
+    # A tap writes `made` numbers at each place given; a convolution packs `given` at each made.
+    (given, made), (places_given, places_made) = channels, map(math.prod, sizes)
+    cheaper = 2 * made * places_given < given * places_made
+    return overlaps and made <= FEW_CHANNELS and cheaper
+
+
+def _planes(face: Face, a: jax.Array, b: jax.Array, spec: Spec) -> jax.Array:
+    """One matrix product for all taps, then the sum of what each tap gives, put in its place."""
+    matrices = b if face is Face.RESULT else jnp.swapaxes(b, -1, -2)
+    made = (*(spec.result if face is Face.RESULT else spec.images), matrices.shape[-1])
+    if a.shape[-2] <= SHORT_ROW * spec.kernel[-1]:
+        matrices = _row_matrices(face, matrices, spec)
+        a = a.reshape(*a.shape[:-2], -1)
+        spec = _without_last_axis(spec)
+    taps = list(spec.taps())
+    wide = jnp.moveaxis(matrices.reshape(len(taps), *matrices.shape[-2:]), 1, 0)
+    planes = _product(a, wide.reshape(len(wide), -1))
+    planes = planes.reshape(*a.shape[:-1], len(taps), -1)
+    each = (lax.index_in_dim(planes, i, -2, keepdims=False) for i in range(len(taps)))
+    put = _placed if face is Face.IMAGES else _shifted
+    total = _sum(put(plane, tap, spec) for plane, tap in zip(each, taps, strict=True))
+    return lax.optimization_barrier(total).reshape(-1, *made)
+
+
+def _row_matrices(face: Face, matrices: jax.Array, spec: Spec) -> jax.Array:
+    """What takes a whole row to what its taps make of it: [*outer taps, X given, X' made].
+
+    Each kernel's row becomes a banded (Toeplitz) matrix: [..., t, given, made] of numbers.
+    """
+    seen = np.arange(spec.images[-1])
+    first = np.arange(spec.result[-1]) * spec.strides[-1] - spec.padding[-1][0]
+    wide: jax.Array | int = 0
+    for tap in range(spec.kernel[-1]):
+        here = seen[:, None] == first + tap * spec.dilation[-1]
+        here = here if face is Face.RESULT else here.T
+        one = lax.index_in_dim(matrices, tap, -3, keepdims=False)[..., None, :, None, :]
+        wide = wide + jnp.where(here[:, None, :, None], one, 0)
+    assert isinstance(wide, jax.Array)
+    *outer, x, given, y, made = wide.shape
+    return lax.optimization_barrier(wide).reshape(*outer, x * given, y * made)
+
+
+def _without_last_axis(spec: Spec) -> Spec:
+    return Spec(
+        spec.images[:-1],
+        spec.kernel[:-1],
+        spec.strides[:-1],
+        spec.padding[:-1],
+        spec.dilation[:-1],
+        spec.groups,
+    )
 
 
 def _kept_from_onednn(kernel: jax.Array) -> jax.Array:
@@ -279,6 +358,22 @@ def _placed(result: jax.Array, tap: Shape, spec: Spec) -> jax.Array:
     return lax.pad(result, jnp.zeros((), result.dtype), config)
 
 
+def _overlap(tap: Shape, spec: Spec) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+    """What this tap sees of unpadded images, and what of the result sees it through this tap."""
+    seen, at = [slice(None)], [slice(None)]
+    sizes = zip(
+        tap, spec.dilation, spec.images, spec.result, spec.strides, spec.padding, strict=True
+    )
+    for t, dilation, image, count, stride, (low, _) in sizes:
+        offset = t * dilation - low
+        first = max(-(offset // stride), 0)  # the first window whose pixel is not below the image
+        stop = max(min((image - 1 - offset) // stride + 1, count), first)
+        start = first * stride + offset
+        seen.append(slice(start, start + max((stop - first - 1) * stride + 1, 0), stride))
+        at.append(slice(first, stop))
+    return (*seen, slice(None)), (*at, slice(None))
+
+
 def _sum(parts: Iterable[jax.Array]) -> jax.Array:
     return functools.reduce(operator.add, parts)
 
@@ -326,10 +421,32 @@ def _depthwise(face: Face, a: jax.Array, b: jax.Array, spec: Spec) -> jax.Array:
     aligned = a if multiplier == 1 else jnp.repeat(a, multiplier, -1)
     if face is Face.RESULT:
         return _shifted_products(aligned, b, spec)
-    padded = _padded(aligned, spec)
+    # One barrier for all, so that the sums run side by side.
+    taps = lax.optimization_barrier([_part_sums(aligned, b, tap, spec) for tap in spec.taps()])
     axes = tuple(range(a.ndim - 1))
-    rows = [jnp.sum(_window(padded, tap, spec) * b, axes) for tap in spec.taps()]
+    rows = [_sum(jnp.sum(part, axes) for part in parts) for parts in taps]
     return jnp.stack(rows).reshape(*spec.kernel, 1, b.shape[-1])
+
+
+def _part_sums(images: jax.Array, result: jax.Array, tap: Shape, spec: Spec) -> list[jax.Array]:
+    """Arrays [..., K] that sum up, over all axes but the last, to this tap's kernel gradient.
+
+    XLA's loop for a reduction over products takes one number after the other. A sum of a few
+    products is elementwise, so it fills vector lanes, and leaves a few arrays' worth to reduce.
+    """
+    seen, at = _overlap(tap, spec)
+    products = (images[seen], result[at])
+    shape = products[1].shape
+    axis = 0 if shape[0] >= SUMMED else max(range(len(shape) - 1), key=shape.__getitem__)
+    step = -(-shape[axis] // SUMMED)
+    pieces = []
+    for start in range(0, shape[axis], max(step, 1)):
+        stop = min(start + step, shape[axis])
+        a, b = (lax.slice_in_dim(factor, start, stop, axis=axis) for factor in products)
+        pieces.append(a * b)
+    if len(pieces) > 1 and pieces[-1].shape != pieces[0].shape:
+        return [_sum(pieces[:-1]), pieces[-1]]
+    return [_sum(pieces)] if pieces else [jnp.zeros_like(result[:1])]
 
 
 def _one_channel(face: Face, a: jax.Array, b: jax.Array, spec: Spec) -> jax.Array:

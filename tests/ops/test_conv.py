@@ -25,6 +25,9 @@ ALGORITHMS = {
     "one channel": (1, 4, 1, (3, 2), (2, 1), "SAME", (1, 2)),
     "depthwise": (2, 4, 2, (3, 2), (2, 1), ((-1, 3), (2, -1)), (1, 1)),
     "groups": (4, 6, 2, (2, 2), (1, 1), "VALID", (1, 2)),
+    "few from many, long rows": (9, 2, 1, (3, 2), (1, 1), ((1, 0), (-1, 2)), (2, 1)),
+    "few from many, short rows": (9, 2, 1, (2, 4), (1, 1), "SAME", (1, 1)),
+    "many from few": (2, 9, 1, (3, 3), (2, 1), ((0, 2), (1, -1)), (1, 2)),
     "pointwise": (3, 5, 1, (1, 1), (2, 1), ((1, 0), (0, 1)), (1, 1)),
 }
 
@@ -80,9 +83,10 @@ def problems(draw):
         )
     )
     groups = draw(st.sampled_from((1, 1, 2, 3)))
-    inner, outer = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    inner, outer = (draw(st.sampled_from((1, 2, 3, 9))) for _ in range(2))
+    batch = draw(st.sampled_from((2, 2, 35)))
     fields = {"strides": axes(1, 3), "padding": padding, "dilation": dilation, "groups": groups}
-    return (2, *size, groups * inner), (*window, inner, groups * outer), fields
+    return (batch, *size, groups * inner), (*window, inner, groups * outer), fields
 
 
 def direct(images, kernel, cotangent, strides, padding, dilation, groups):
@@ -114,7 +118,7 @@ def direct(images, kernel, cotangent, strides, padding, dilation, groups):
     return result, gradient, kernel_gradient
 
 
-@settings(max_examples=30, derandomize=True, deadline=None, database=None)
+@settings(max_examples=40, derandomize=True, deadline=None, database=None)
 @given(problems())
 def test_value_and_gradients_equal_direct_sums(problem):
     shape, window, fields = problem
@@ -183,6 +187,26 @@ def test_every_transformation_equals_that_of_lax(name):
             jax.jit(functools.partial(transformed, theirs))(images, kernel),
             1e-12,
         )
+
+
+def test_few_channels_come_from_matrix_products():
+    if jax.default_backend() != "cpu":
+        pytest.skip("an algorithm of the CPU backend")
+
+    def convolutions(shape, window, face):
+        images, kernel = sample(0, *shape), sample(1, *window)
+        made = functools.partial(conv, padding="SAME")
+        if face == "result":
+            text = jax.jit(made).lower(images, kernel).as_text()
+        else:
+            text = jax.jit(jax.grad(lambda i: made(i, kernel).sum())).lower(images).as_text()
+        return text.count("stablehlo.convolution")
+
+    assert convolutions((2, 8, 8, 16), (3, 3, 16, 3), "result") == 0
+    assert convolutions((2, 8, 8, 16), (3, 3, 16, 9), "result") == 1
+    assert convolutions((2, 8, 8, 3), (3, 3, 3, 16), "images") < convolutions(
+        (2, 8, 8, 9), (3, 3, 9, 16), "images"
+    )
 
 
 def test_a_long_stack_of_kernels_becomes_a_loop():
