@@ -5,7 +5,8 @@ Three of the defaults cost convolutional networks on CPU a factor of two and mor
 - XLA hands convolutions to YNNPACK, which takes up to twice as long as the Eigen kernels that it
   replaces, and two to four times for kernel gradients. `jit` compiles without it.
 - XLA fills vectors of 256 bits even where the processor has 512. With all of them elementwise
-  loops, and so a ResNet's step, take a tenth to a fifth less; where there are none it changes nothing.
+  loops, and so a ResNet's step, take a tenth to a fifth less; a processor without them is not
+  concerned.
 - XLA asks the C library for the memory of temporaries and results at each call and gives it back
   after it; glibc returns such large pieces to the kernel, so each call faults all its pages in
   again, at a tenth of the speed of memory that is there. `keep_heap` keeps them.

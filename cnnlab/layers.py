@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,9 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
     "tanh": jnp.tanh,
     "sigmoid": jax.nn.sigmoid,
-    "gelu": jax.nn.gelu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu6": jax.nn.relu6,
     "silu": jax.nn.silu,
     "elu": jax.nn.elu,
     "leaky_relu": jax.nn.leaky_relu,
@@ -122,7 +125,7 @@ def check_fields(fields: Mapping[str, object]) -> None:
     for field, known in (("activation", ACTIVATIONS), ("norm", NORMS), ("dtype", DTYPES)):
         if field in fields:
             choose(field, str(fields[field]), tuple(known))
-    for field in ("dropout", "spatial_dropout"):
+    for field in ("dropout", "spatial_dropout", "drop_path"):
         rate = fields.get(field, 0.0)
         if not isinstance(rate, int | float) or not 0 <= rate < 1:
             raise CnnlabError(f"{field} must be a rate in [0, 1), got {rate!r}")
@@ -342,7 +345,13 @@ class RMSNorm(_Norm):
 
 
 def normalize(
-    x: jax.Array, norm: str, *, train: bool, zero_scale: bool = False, name: str = "norm"
+    x: jax.Array,
+    norm: str,
+    *,
+    train: bool,
+    zero_scale: bool = False,
+    epsilon: float = 1e-5,
+    name: str = "norm",
 ) -> jax.Array:
     """Normalises within the `@nn.compact` method of the calling module.
 
@@ -351,6 +360,7 @@ def normalize(
         norm: `"batch"`, `"group"` (of 16 channels), `"layer"` (over channels) or `"none"`.
         train: whether `"batch"` takes the batch's statistics; the others do not depend on it.
         zero_scale: see `BatchNorm`.
+        epsilon: added to the variance.
         name: of the submodule; `"none"` has none.
 
     Returns:
@@ -361,11 +371,11 @@ def normalize(
     """
     match choose("norm", norm, NORMS):
         case "batch":
-            return BatchNorm(zero_scale=zero_scale, name=name)(x, train=train)
+            return BatchNorm(epsilon=epsilon, zero_scale=zero_scale, name=name)(x, train=train)
         case "group":
-            return GroupNorm(zero_scale=zero_scale, name=name)(x)
+            return GroupNorm(epsilon=epsilon, zero_scale=zero_scale, name=name)(x)
         case "layer":
-            return LayerNorm(zero_scale=zero_scale, name=name)(x)
+            return LayerNorm(epsilon=epsilon, zero_scale=zero_scale, name=name)(x)
     return x
 
 
@@ -376,13 +386,17 @@ class Pool(nn.Module):
         kind: `"max"`, `"average"`, or `"global"` for the average over the whole map.
         window: height and width of the window; not used by `"global"`.
         strides: step; the window itself if 0.
-        padding: pixels on every side.
+        padding: pixels on every side, or ((top, bottom), (left, right)); an average counts them
+            as zeros.
+        ceil: also take the windows that hang over the bottom and right edge (and start on the
+            image), for what they see of it. An average is that of the pixels seen.
     """
 
     kind: str
     window: int = 2
     strides: int = 0
-    padding: int = 0
+    padding: int | tuple[tuple[int, int], tuple[int, int]] = 0
+    ceil: bool = False
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -391,11 +405,30 @@ class Pool(nn.Module):
         if kind == "global":
             return pool_ops.global_avg_pool(images)
         strides = self.strides or self.window
-        for size in images.shape[1:3]:  # a clear error where the map is smaller than the window
-            geometry.conv_output_size(size, self.window, strides, self.padding)
-        function = pool_ops.max_pool if kind == "max" else pool_ops.avg_pool
-        pads = ((self.padding, self.padding), (self.padding, self.padding))
-        return function(images, _pair(self.window), strides=_pair(strides), padding=pads)
+        padding = self.padding
+        if isinstance(padding, int):
+            padding = ((padding, padding), (padding, padding))
+        if self.ceil:
+            (top, bottom), (left, right) = padding
+            bottom += self._overhang(images.shape[1], top, bottom, strides)
+            right += self._overhang(images.shape[2], left, right, strides)
+            padding = ((top, bottom), (left, right))
+        for size, (low, high) in zip(images.shape[1:3], padding, strict=True):
+            # A clear error where the map is smaller than the window.
+            geometry.conv_output_size(size + low + high, self.window, strides)
+        window, step = _pair(self.window), _pair(strides)
+        if kind == "max":
+            return pool_ops.max_pool(images, window, strides=step, padding=padding)
+        return pool_ops.avg_pool(
+            images, window, strides=step, padding=padding, count_include_pad=not self.ceil
+        )
+
+    def _overhang(self, size: int, low: int, high: int, strides: int) -> int:
+        """Pixels that one more window needs, 0 if it would start beyond the image."""
+        whole = (size + low + high - self.window) // strides + 1
+        missing = whole * strides + self.window - (size + low + high)
+        starts_inside = whole * strides < size + low
+        return missing if missing < strides and starts_inside else 0
 
     def macs(self, inputs: Shape, outputs: Shape) -> int:
         """0: published tables count no pooling."""
@@ -441,6 +474,115 @@ class SpatialDropout(Dropout):
         return self._drop(x, (x.shape[0], 1, 1, x.shape[-1]), train)
 
 
+class DropPath(Dropout):
+    """Dropout of a residual branch as a whole, example by example.
+
+    Huang et al. 2016, "Deep Networks with Stochastic Depth", as later networks do it: kept
+    branches are scaled by 1 / (1 - rate) in training, instead of by 1 - rate at inference.
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """[B, ...] to the same shape; the identity unless `train`."""
+        return self._drop(x, (x.shape[0],) + (1,) * (x.ndim - 1), train)
+
+
+def drop_path_rates(rate: float, blocks: int) -> list[float]:
+    """From 0 for the first block to `rate` for the last, in equal steps (Huang et al., 3.2)."""
+    return [rate * i / max(blocks - 1, 1) for i in range(blocks)]
+
+
+class LayerScale(nn.Module):
+    """A trained factor for each channel of a residual branch (Touvron et al. 2021, section 2.1).
+
+    Attributes:
+        start: its first value.
+    """
+
+    start: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., C] to the same."""
+        gamma = self.param(
+            "gamma", nn.initializers.constant(self.start), (x.shape[-1],), jnp.float32
+        )
+        return x * gamma.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+
+    def macs(self, inputs: Shape, outputs: Shape) -> int:
+        """0: published tables count convolutions and dense layers."""
+        del inputs, outputs
+        return 0
+
+
+class SqueezeExcite(nn.Module):
+    """Channel gates from global averages (Hu et al. 2018, section 3).
+
+    Attributes:
+        hidden: channels between the two 1x1 convolutions `fc1` and `fc2`.
+        activation: after the first.
+        dtype: dtype of the computation.
+    """
+
+    hidden: int
+    activation: str = "relu"
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """[B, H, W, C] to the same, each channel times its gate in (0, 1)."""
+        x = Pool("global", name="pool")(images)[:, None, None, :]
+        x = Conv(self.hidden, 1, dtype=self.dtype, kernel_init=he_normal, name="fc1")(x)
+        x = activation(self.activation)(x)
+        x = Conv(images.shape[-1], 1, dtype=self.dtype, kernel_init=lecun_normal, name="fc2")(x)
+        return images * jax.nn.sigmoid(x)
+
+
+class Block(nn.Module):
+    """A part of a network that `rematerialized` can wrap.
+
+    A subclass defines `forward(self, x, train)` as its compact method and is called like any
+    other module, `block(x, train=train)`.
+    """
+
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """What `forward` does."""
+        return self.forward(x, train)
+
+    def forward(self, x: jax.Array, train: bool) -> jax.Array:
+        """To be defined by each block."""
+        raise NotImplementedError
+
+
+AnyBlock = TypeVar("AnyBlock", bound=Block)
+
+
+def rematerialized(block: type[AnyBlock], remat: bool) -> type[AnyBlock]:
+    """The block's class, or one that keeps only the block's input for the backward pass.
+
+    Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost": activations inside the block
+    are computed again, for about a third more work a step. Parameters keep their names.
+    """
+    if not remat:
+        return block
+    wrapped: type[AnyBlock] = nn.remat(block, static_argnums=(2,), methods=["forward"])
+    return wrapped
+
+
+def make_divisible(channels: float, divisor: int = 8, round_limit: float = 0.9) -> int:
+    """The nearest multiple of `divisor`, but not below `round_limit` of `channels`.
+
+    As the networks scaled by a width factor round (Sandler et al. 2018 and after).
+    """
+    nearest = max(divisor, int(channels + divisor / 2) // divisor * divisor)
+    return nearest + divisor if nearest < round_limit * channels else nearest
+
+
+def dotted(*names: str) -> str:
+    """`("layer1_0", "conv1")` to `"layer1.0.conv1"`, as PyTorch names the same module."""
+    return re.sub(r"(?<=\d)_|_(?=\d)", ".", ".".join(names))
+
+
 class ConvBlock(nn.Module):
     """Convolution, normalisation, activation: the brick of most families.
 
@@ -449,46 +591,54 @@ class ConvBlock(nn.Module):
         kernel_size: height and width.
         strides: step.
         padding: pixels on every side; negative for (F_eff - 1) / 2, which keeps the size at
-            stride 1 and odd kernels.
+            stride 1 and odd kernels; or `"SAME"`, see `Conv`.
         dilation: distance of neighbouring taps.
+        groups: of channels.
         norm: a name in `NORMS`, see `normalize`.
         activation: a name in `ACTIVATIONS`.
         use_bias: whether the convolution has a bias even where a normalisation follows; without
             one it always has.
         zero_scale: see `BatchNorm`.
+        epsilon: of the normalisation.
         dtype: dtype of the computation.
     """
 
     features: int
     kernel_size: int = 3
     strides: int = 1
-    padding: int = -1
+    padding: int | str = -1
     dilation: int = 1
+    groups: int = 1
     norm: str = "batch"
     activation: str = "relu"
     use_bias: bool = False
     zero_scale: bool = False
+    epsilon: float = 1e-5
     dtype: str = "float32"
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
         """[B, H, W, C] to [B, H', W', features]."""
         padding = self.padding
-        if padding < 0:
-            padding = (geometry.effective_kernel(self.kernel_size, self.dilation) - 1) // 2
-        for size in images.shape[1:3]:
-            geometry.conv_output_size(size, self.kernel_size, self.strides, padding, self.dilation)
+        if isinstance(padding, int):
+            if padding < 0:
+                padding = (geometry.effective_kernel(self.kernel_size, self.dilation) - 1) // 2
+            for size in images.shape[1:3]:
+                geometry.conv_output_size(
+                    size, self.kernel_size, self.strides, padding, self.dilation
+                )
         x = Conv(
             self.features,
             self.kernel_size,
             self.strides,
             padding,
             self.dilation,
+            self.groups,
             use_bias=self.use_bias or self.norm == "none",
             dtype=self.dtype,
             name="conv",
         )(images)
-        x = normalize(x, self.norm, train=train, zero_scale=self.zero_scale)
+        x = normalize(x, self.norm, train=train, zero_scale=self.zero_scale, epsilon=self.epsilon)
         return activation(self.activation)(x)
 
 

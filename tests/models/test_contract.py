@@ -25,6 +25,12 @@ def shrink(name: str) -> dict:
     small = {}
     if "width" in fields:
         small["width"] = 4
+    if "stage_sizes" in fields:
+        small["stage_sizes"] = (1,) * len(fields["stage_sizes"])
+    if "head_width" in fields:
+        small["head_width"] = 16
+    if fields.get("groups", 1) > 1:
+        small |= {"groups": 2, "base_width": 32}
     if fields.get("widen", 1) > 2:
         small["widen"] = 2
     if "depth" in fields:
