@@ -1,4 +1,4 @@
-"""The command line: `cnnlab table | train | eval | list | describe`.
+"""The command line: `cnnlab table | train | eval | list | describe | predict | export`.
 
 Nothing heavy is imported until a command runs, so `--help` answers at once.
 """
@@ -150,21 +150,73 @@ def _parser() -> argparse.ArgumentParser:
 
     lists = add("list", _list, "list what there is")
     lists.add_argument("what", choices=LISTS)
+    lists.add_argument(
+        "--published", action="store_true", help="only models that published weights fit"
+    )
 
-    describe = add("describe", _describe, "layers, output sizes and parameters of a model")
+    describe = add(
+        "describe", _describe, "layers, output sizes, receptive fields and costs of a model"
+    )
     describe.add_argument("model")
-    describe.add_argument("--input", default="28x28x1", metavar="HxWxC", help="default 28x28x1")
-    describe.add_argument("--classes", type=int, default=10, help="default 10")
-    describe.add_argument("--json", action="store_true")
+    describe.add_argument(
+        "--input",
+        metavar="HxWxC",
+        help="default 224x224x3 for networks with published weights, otherwise 32x32x3",
+    )
+    describe.add_argument("--classes", type=int, help="default 1000 and 10 likewise")
+    describe.add_argument("--json", action="store_true", help="all of it as JSON")
+    describe.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="draw feature-map sizes and receptive fields, theoretical and effective "
+        "(.png, .svg or .pdf)",
+    )
     describe.epilog = "Fields of the model: --model.FIELD=VALUE, as in --model.width=8"
+
+    predict = add("predict", _predict, "the likeliest classes of photographs")
+    predict.add_argument("images", nargs="+", metavar="IMAGE")
+    which = predict.add_mutually_exclusive_group(required=True)
+    which.add_argument("--model", metavar="NAME", help="`cnnlab list models --published`")
+    which.add_argument("--exported", metavar="FILE", help="what `cnnlab export` wrote")
+    predict.add_argument("--top", type=int, default=5, metavar="N", help="default 5")
+    predict.add_argument(
+        "--crop",
+        type=float,
+        default=1.0,
+        metavar="SHARE",
+        help="of the shorter side that the central square covers; default 1",
+    )
+    predict.add_argument(
+        "--classes", metavar="FILE", help="names of the classes, one a line; default ImageNet's"
+    )
+    predict.add_argument("--json", action="store_true")
+
+    export = add("export", _export, "write a model with its weights as one file of jax.export")
+    export.add_argument("--model", required=True, metavar="NAME")
+    export.add_argument("--output", required=True, type=Path, metavar="FILE")
+    export.add_argument(
+        "--platforms", nargs="+", default=["cpu", "cuda", "tpu"], metavar="PLATFORM"
+    )
+    for command in (predict, export):
+        command.add_argument(
+            "--weights",
+            metavar="FILE|OWNER/NAME",
+            help="a .safetensors file or a repository of the hub; default: timm's repository",
+        )
+        command.add_argument("--size", type=int, help="of images in pixels; default: as published")
+        command.epilog = "Fields of the model: --model.FIELD=VALUE, as in --model.dtype=bfloat16"
     return parser
 
 
 def _changes(rest: Sequence[str], options: argparse.Namespace) -> dict[str, str]:
-    """Reads `--config.a.b=c` (`--model.a=b` for `describe`)."""
+    """Reads `--config.a.b=c` (`--model.a=b` for commands about one model)."""
     from cnnlab.types import CnnlabError
 
-    prefixes: dict[Any, str] = {_train: "--config.", _describe: "--model."}
+    prefixes: dict[Any, str] = {
+        _train: "--config.",
+        **dict.fromkeys((_describe, _predict, _export), "--model."),
+    }
     prefix = prefixes.get(getattr(options, "command", None))
     changes: dict[str, str] = {}
     for word in rest:
@@ -414,7 +466,16 @@ def _eval(options: argparse.Namespace, changes: dict[str, str]) -> int:
 
 def _list(options: argparse.Namespace, changes: dict[str, str]) -> int:
     from cnnlab.sweep import listing
+    from cnnlab.types import CnnlabError
 
+    if options.published and options.what != "models":
+        raise CnnlabError("--published is for models: cnnlab list models --published")
+    if options.published:
+        from cnnlab import pretrained
+
+        for name in pretrained.published_models():
+            print(name)
+        return 0
     listing.show(_console(), options.what, options.runs)
     return 0
 
@@ -428,28 +489,136 @@ def _describe(options: argparse.Namespace, changes: dict[str, str]) -> int:
     from cnnlab import describe, models, registry
     from cnnlab.types import CnnlabError
 
-    try:
-        height, width, channels = (int(part) for part in options.input.split("x"))
-        if min(height, width, channels) < 1:
-            raise ValueError
-    except ValueError:
-        raise CnnlabError(
-            f"--input: expected HxWxC such as 28x28x1, got {options.input!r}"
-        ) from None
-    if options.classes < 1:
-        raise CnnlabError(f"--classes: expected at least 1, got {options.classes}")
     registry.get("models", options.model)
     config = config_lib.base(model=options.model)
     config = config_lib.override(
         config, {f"model.{key}": value for key, value in changes.items()}, "command line"
     )
     fields = {k: v for k, v in config.model.items() if k != "name"}
-    module = models.create(options.model, num_outputs=options.classes, **fields)
-    summary = describe.describe(module, (height, width, channels))
+    shape, classes = describe.usual_input(
+        options.model, **{k: v for k, v in fields.items() if k not in ("aux", "aux_hidden")}
+    )
+    defaults = []
+    if options.input is None:
+        defaults.append(f"--input {'x'.join(map(str, shape))}")
+    else:
+        try:
+            height, width, channels = (int(part) for part in options.input.split("x"))
+            if min(height, width, channels) < 1:
+                raise ValueError
+        except ValueError:
+            raise CnnlabError(
+                f"--input: expected HxWxC such as 28x28x1, got {options.input!r}"
+            ) from None
+        shape = (height, width, channels)
+    if options.classes is None:
+        defaults.append(f"--classes {classes}")
+    elif options.classes < 1:
+        raise CnnlabError(f"--classes: expected at least 1, got {options.classes}")
+    else:
+        classes = options.classes
+    if defaults:
+        print(f"cnnlab: taking {' and '.join(defaults)}, as none was given", file=sys.stderr)
+    module = models.create(options.model, num_outputs=classes, **fields)
+    summary = describe.describe(module, shape)
     if options.json:
         print(json.dumps(dataclasses.asdict(summary), indent=1))
     else:
-        _console().print(describe.render(summary))
+        console, table = _console(), describe.render(summary)
+        needed = console.measure(table, options=console.options.update(max_width=1000))
+        # A terminal folds names of layers, never numbers; a file has room for all.
+        least = needed.minimum if console.is_terminal else needed.maximum
+        console.width = max(console.width, least)
+        console.print(table)
+    if options.plot:
+        from cnnlab.reporting import fields as field_figures
+
+        path = field_figures.draw(module, summary, options.plot, title=options.model)
+        print(f"wrote {path}", file=sys.stderr)
+    return 0
+
+
+def _weights(options: argparse.Namespace, changes: dict[str, str]) -> tuple[dict, dict]:
+    """The fields of the model that `--model` names, and its variables."""
+    from cnnlab import config as config_lib
+    from cnnlab import pretrained, registry
+
+    registry.get("models", options.model)
+    config = config_lib.base(model=options.model)
+    config = config_lib.override(
+        config, {f"model.{key}": value for key, value in changes.items()}, "command line"
+    )
+    fields = {key: config.model[key] for key in changes}
+    source = options.weights or pretrained.repository(options.model)
+    return fields, pretrained.load(options.model, source, **fields)
+
+
+def _predict(options: argparse.Namespace, changes: dict[str, str]) -> int:
+    _start_jax()
+    import dataclasses
+    import json
+
+    from cnnlab import exporting, predict, pretrained
+    from cnnlab.types import CnnlabError
+
+    if options.top < 1:
+        raise CnnlabError(f"--top: expected at least 1, got {options.top}")
+    if options.exported and (options.weights or options.size or changes):
+        raise CnnlabError("--exported has its weights, size and fields in it: leave them out")
+    classify: Callable[[Any], Any]
+    if options.exported:
+        program = exporting.load(options.exported)
+        classify, name = program, program.name
+        *size, channels = program.input_shape
+        outputs = program.num_outputs
+    else:
+        fields, variables = _weights(options, changes)
+        name = options.model
+        size = [options.size or pretrained.preprocessing(name).size] * 2
+        outputs, channels = pretrained.num_outputs(variables), 3
+        classify = pretrained.predictor(name, variables, **fields)
+    names = predict.class_names(outputs, options.classes)
+    images = [
+        predict.read_image(
+            path,
+            (size[0], size[1]),
+            channels=channels,
+            crop=options.crop,
+            interpolation=pretrained.preprocessing(name).interpolation,
+        )
+        for path in options.images
+    ]
+    found = [
+        (path, predict.top(scores, names, options.top))
+        for path, scores in zip(options.images, predict.logits(classify, images), strict=True)
+    ]
+    if options.json:
+        entries = [
+            {"image": path, "top": [dataclasses.asdict(entry) for entry in ranked]}
+            for path, ranked in found
+        ]
+        print(json.dumps(entries, indent=1))
+    else:
+        for path, ranked in found:
+            _console().print(predict.render(path, ranked))
+    return 0
+
+
+def _export(options: argparse.Namespace, changes: dict[str, str]) -> int:
+    _start_jax()
+    from cnnlab import exporting
+
+    fields, variables = _weights(options, changes)
+    program = exporting.make(
+        options.model, variables, size=options.size, platforms=options.platforms, **fields
+    )
+    exporting.save(options.output, program)
+    shape = ", ".join(map(str, program.input_shape))
+    _console().print(
+        f"wrote {options.output}: images [B, {shape}] in [0, 1] to {program.num_outputs} logits, "
+        f"for {', '.join(program.platforms)}",
+        soft_wrap=True,
+    )
     return 0
 
 

@@ -84,6 +84,17 @@ lecun_normal = _normal("in", 1.0)
 """Normal with variance 1 / fan-in (LeCun et al. 1998, "Efficient BackProp", section 4.6)."""
 
 
+def normal(deviation: float) -> Initializer:
+    """An initialiser that draws with this standard deviation, whatever the shape."""
+
+    def initialize(key: jax.Array, shape: Shape, dtype: Any = jnp.float32) -> jax.Array:
+        count = math.prod(shape)
+        flat = _standard_normal(key, -(-count // _CHUNK))[:count]
+        return (deviation * flat).reshape(shape).astype(dtype)
+
+    return initialize
+
+
 def choose(field: str, given: str, known: Sequence[str]) -> str:
     """`given`, checked.
 
@@ -120,13 +131,14 @@ def check_fields(fields: Mapping[str, object]) -> None:
     """Checks the fields that mean the same in every family, before anything is traced.
 
     Raises:
-        CnnlabError: an unknown `activation`, `norm` or `dtype`, or a rate out of [0, 1).
+        CnnlabError: an unknown `activation`, `norm` or `dtype`, or a rate out of [0, 1), which
+            every field named `...dropout` or `...drop_path` is.
     """
     for field, known in (("activation", ACTIVATIONS), ("norm", NORMS), ("dtype", DTYPES)):
         if field in fields:
             choose(field, str(fields[field]), tuple(known))
-    for field in ("dropout", "spatial_dropout", "drop_path"):
-        rate = fields.get(field, 0.0)
+    for field in (name for name in fields if name.endswith(("dropout", "drop_path"))):
+        rate = fields[field]
         if not isinstance(rate, int | float) or not 0 <= rate < 1:
             raise CnnlabError(f"{field} must be a rate in [0, 1), got {rate!r}")
 
@@ -227,9 +239,8 @@ class Dense(nn.Module):
         return y
 
     def macs(self, inputs: Shape, outputs: Shape) -> int:
-        """Multiply-accumulates for one example."""
-        del outputs
-        return geometry.dense_macs(inputs[-1], self.features)
+        """Multiply-accumulates for one example, over all its positions."""
+        return math.prod(outputs[1:-1]) * geometry.dense_macs(inputs[-1], self.features)
 
 
 class _Norm(nn.Module):
@@ -436,6 +447,27 @@ class Pool(nn.Module):
         return 0
 
 
+class AdaptivePool(nn.Module):
+    """Average pooling to a map of a given size, whatever the size of the input.
+
+    Attributes:
+        size: height and width of the output, or one number for both; see
+            `ops.pool.adaptive_avg_pool`.
+    """
+
+    size: int | tuple[int, int]
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """[B, H, W, C] to [B, *size, C]."""
+        return pool_ops.adaptive_avg_pool(images, _pair(self.size))
+
+    def macs(self, inputs: Shape, outputs: Shape) -> int:
+        """0: published tables count no pooling."""
+        del inputs, outputs
+        return 0
+
+
 class Dropout(nn.Module):
     """Sets each number to 0 with probability `rate` and scales the rest by 1 / (1 - rate).
 
@@ -542,14 +574,14 @@ class Block(nn.Module):
     """A part of a network that `rematerialized` can wrap.
 
     A subclass defines `forward(self, x, train)` as its compact method and is called like any
-    other module, `block(x, train=train)`.
+    other module, `block(x, train=train)`. `x` is [B, H, W, C], or a tuple of such arrays.
     """
 
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(self, x: Any, *, train: bool) -> jax.Array:
         """What `forward` does."""
         return self.forward(x, train)
 
-    def forward(self, x: jax.Array, train: bool) -> jax.Array:
+    def forward(self, x: Any, train: bool) -> jax.Array:
         """To be defined by each block."""
         raise NotImplementedError
 
@@ -578,12 +610,46 @@ def make_divisible(channels: float, divisor: int = 8, round_limit: float = 0.9) 
     return nearest + divisor if nearest < round_limit * channels else nearest
 
 
+def dilated_stages(strides: Sequence[int], output_stride: int) -> list[tuple[int, int, int]]:
+    """Strides and dilations of stages whose map shrinks to 1 / `output_stride` and no further.
+
+    A stage that would stride beyond it keeps the map's size and multiplies the dilation of all
+    that follows its own strided convolution, which reads the map as it is (Yu, Koltun & Funkhouser
+    2017, "Dilated Residual Networks", section 2). With even padding the strided network's values
+    so stand on the finer map, some pixels apart.
+
+    Args:
+        strides: of the stem, then of the first block of each stage.
+        output_stride: 8, 16 or 32.
+
+    Returns:
+        For each stage its stride, the dilation of its strided convolution, and that of the rest.
+
+    Raises:
+        CnnlabError: another `output_stride`.
+    """
+    if output_stride not in (8, 16, 32):
+        nearest = min((8, 16, 32), key=lambda stride: abs(stride - output_stride))
+        raise CnnlabError(
+            f"output_stride must be 8, 16 or 32, got {output_stride}; the nearest is {nearest}"
+        )
+    total, *rest = strides
+    dilation, plan = 1, []
+    for stride in rest:
+        first, kept = dilation, stride
+        if total * stride > output_stride:
+            dilation, kept = dilation * stride, 1
+        total *= kept
+        plan.append((kept, first, dilation))
+    return plan
+
+
 def dotted(*names: str) -> str:
     """`("layer1_0", "conv1")` to `"layer1.0.conv1"`, as PyTorch names the same module."""
     return re.sub(r"(?<=\d)_|_(?=\d)", ".", ".".join(names))
 
 
-class ConvBlock(nn.Module):
+class ConvBlock(Block):
     """Convolution, normalisation, activation: the brick of most families.
 
     Attributes:
@@ -601,6 +667,7 @@ class ConvBlock(nn.Module):
         zero_scale: see `BatchNorm`.
         epsilon: of the normalisation.
         dtype: dtype of the computation.
+        kernel_init: of the convolution, see `Conv`.
     """
 
     features: int
@@ -615,9 +682,10 @@ class ConvBlock(nn.Module):
     zero_scale: bool = False
     epsilon: float = 1e-5
     dtype: str = "float32"
+    kernel_init: Initializer = he_normal_fan_out
 
     @nn.compact
-    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+    def forward(self, images: jax.Array, train: bool) -> jax.Array:
         """[B, H, W, C] to [B, H', W', features]."""
         padding = self.padding
         if isinstance(padding, int):
@@ -636,6 +704,7 @@ class ConvBlock(nn.Module):
             self.groups,
             use_bias=self.use_bias or self.norm == "none",
             dtype=self.dtype,
+            kernel_init=self.kernel_init,
             name="conv",
         )(images)
         x = normalize(x, self.norm, train=train, zero_scale=self.zero_scale, epsilon=self.epsilon)
@@ -673,8 +742,9 @@ class AuxHead(nn.Module):
 class WithAuxHeads(nn.Module):
     """A network with auxiliary heads, which exist in training only.
 
-    Parameters: `{"net": ..., "aux_<feature>": ...}`. At `train=False` the heads are not computed
-    and `apply` works whether their parameters are there or stripped.
+    They come after those that the network itself has, such as GoogLeNet's. Parameters: `{"net":
+    ..., "aux_<feature>": ...}`. At `train=False` the heads are not computed and `apply` works
+    whether their parameters are there or stripped.
 
     Attributes:
         net: the network, whose `Outputs.features` the heads read.
@@ -692,7 +762,7 @@ class WithAuxHeads(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> Outputs:
-        """[B, H, W, C] to `Outputs`, with one array of logits per head if `train`."""
+        """[B, H, W, C] to `Outputs`, with one more array of logits per head if `train`."""
         outputs = self.net(images, train=train)
         for name in self.aux:
             choose("feature for an auxiliary head", name, tuple(outputs.features))
@@ -704,4 +774,4 @@ class WithAuxHeads(nn.Module):
             )
             for name in self.aux
         )
-        return outputs.replace(aux=logits if train else ())
+        return outputs.replace(aux=(*outputs.aux, *logits) if train else ())

@@ -14,14 +14,21 @@ settings. The networks: LeNet-5 (LeCun et al. 1998, with rectifiers and max pool
 3x3 convolutions (Simonyan & Zisserman 2015), ResNet-20 (He et al. 2016) and twelve
 depthwise-separable blocks (Howard et al. 2017).
 
+MobileNetV2 (Sandler et al. 2018) and ConvNeXt-Atto (Liu et al. 2022), 64x64, batch 64, stand beside
+timm's networks in PyTorch, with the same numbers in them by their published names.
+
 Any other model of the zoo is measured by a file of one's own, against those contenders for which it
-describes the layers:
+describes the layers, or names timm's network:
 
     from experiments import training_speed
 
     def get_experiment():
         return training_speed.get_experiment({
             "WRN-16-4": {"model": "wrn_16_4", "fields": {}, "input": [32, 32, 3], "layers": None},
+            "ResNet-50": {
+                "model": "resnet50", "timm": "resnet50", "fields": {}, "input": [224, 224, 3],
+                "batch": 16, "layers": None,
+            },
         })
 """
 
@@ -31,6 +38,7 @@ import itertools
 import math
 import os
 import re
+import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -44,6 +52,7 @@ Layer = list[Any]
 
 BATCH, CLASSES = 128, 10
 LEARNING_RATE, MOMENTUM = 0.01, 0.9
+FILLS = {"scale": 1.0, "var": 1.0, "gamma": 0.1}  # all else starts at 0
 EPS, STEP_SIZE, STEPS = 0.1, 0.025, 10
 
 WORKLOADS = {"train": "training step", "evaluate": "evaluation", "pgd": "PGD-10",
@@ -117,8 +126,17 @@ NETWORKS: dict[str, Case] = {
         "model": "separable_stack12", "fields": {}, "input": [32, 32, 3],
         "layers": separable_stack(),
     },
+    "MobileNetV2": {
+        "model": "mobilenetv2_100", "timm": "mobilenetv2_100", "fields": {}, "input": [64, 64, 3],
+        "batch": 64, "layers": None, "macs": [884_736, 23_576_576],
+    },
+    "ConvNeXt-Atto": {
+        "model": "convnext_atto", "timm": "convnext_atto", "fields": {}, "input": [64, 64, 3],
+        "batch": 64, "layers": None, "macs": [491_520, 44_165_760],
+    },
 }  # fmt: skip
-"""Title -> the model of the zoo, its fields, the image shape, and the same as a list of layers."""
+"""Title -> the model of the zoo, its fields, the image shape, and the same as a list of layers, or
+None with timm's name of it; `batch` where it is not `BATCH`."""
 
 
 def kernels(
@@ -158,19 +176,24 @@ def cost(case: Case) -> tuple[float, float]:
     """Operations of convolutions and dense layers; no bytes, for caches may hold whatever fits."""
     if "size" in case:
         return 2.0 * case["size"] ** 3, 0.0
-    if case["layers"] is None or case["what"] == "compile":
+    if case["what"] == "compile":
         return 0.0, 0.0
-    macs = [count for _, count, _ in kernels(case["layers"], case["input"])]
-    forward = 2.0 * BATCH * sum(macs)
+    # The first layer's and all others' multiply-accumulates.
+    macs = case.get("macs", [0])
+    if case["layers"] is not None:
+        macs = [count for _, count, _ in kernels(case["layers"], case["input"])]
+    count = case.get("batch", BATCH)
+    forward = 2.0 * count * sum(macs)
     # Training needs no gradient by the images, an attack none by the kernels.
-    train = 3 * forward - 2.0 * BATCH * macs[0]
+    train = 3 * forward - 2.0 * count * macs[0]
     return {"evaluate": forward, "train": train, "pgd": STEPS * 2 * forward}[case["what"]], 0.0
 
 
 def batch(case: Case) -> tuple[np.ndarray, np.ndarray]:
     """Images [B, H, W, C] in [0, 1] and labels [B]."""
     rng = np.random.default_rng(0)
-    return rng.random((BATCH, *case["input"]), np.float32), rng.integers(CLASSES, size=BATCH)
+    count = int(case.get("batch", BATCH))
+    return rng.random((count, *case["input"]), np.float32), rng.integers(CLASSES, size=count)
 
 
 def values(shapes: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
@@ -180,6 +203,13 @@ def values(shapes: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
         drawn = np.random.default_rng(i).standard_normal(shape, np.float32)
         found.append(drawn * np.float32(math.sqrt(2 / math.prod(shape[:-1]))))
     return found
+
+
+def named_value(name: str, shape: Sequence[int]) -> np.ndarray:
+    """He-normal numbers for a kernel of PyTorch's layout, a function of its name and shape."""
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    drawn = rng.standard_normal(tuple(shape), np.float32)
+    return drawn * np.float32(math.sqrt(2 / math.prod(shape[1:])))
 
 
 # ---------------------------------------------------------------------------------------- JAX
@@ -220,6 +250,20 @@ def canonical(case: Case, named: Mapping[str, tuple[int, ...]]) -> list[str]:
     return [by_shape[shape].pop(0) for shape in shapes]
 
 
+def published_kernels(case: Case) -> dict[str, np.ndarray]:
+    """Name -> kernel, in the order of the published names."""
+    from cnnlab import pretrained
+
+    found = pretrained.entries(case["model"], num_outputs=CLASSES, **fields_of(case))
+    kernels = sorted((e for e in found if e.path[-1] == "kernel"), key=lambda e: e.name)
+    return {"/".join(e.path[1:]): e.read(named_value(e.name, e.published_shape)) for e in kernels}
+
+
+def fields_of(case: Case) -> Case:
+    """A model's fields, after JSON has made lists of tuples."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in case["fields"].items()}
+
+
 def with_jax(
     case: Case,
     module: Any,
@@ -248,12 +292,17 @@ def with_jax(
     rngs = {"params": jax.random.key(0)}
     shapes = jax.eval_shape(lambda x: module.init(rngs, x, train=False), images)
     flat = traverse_util.flatten_dict(shapes["params"], sep="/")
-    order = canonical(case, {name: leaf.shape for name, leaf in flat.items()})
-    drawn = dict(zip(order, values([flat[name].shape for name in order]), strict=True))
+    if "timm" in case:
+        drawn = published_kernels(case)
+        order = list(drawn)
+    else:
+        order = canonical(case, {name: leaf.shape for name, leaf in flat.items()})
+        drawn = dict(zip(order, values([flat[name].shape for name in order]), strict=True))
 
     def started(name: str, shape: tuple[int, ...]) -> Any:
-        fill = {"scale": jnp.ones, "var": jnp.ones}.get(name.rpartition("/")[2], jnp.zeros)
-        return jnp.array(drawn[name]) if name in drawn else fill(shape)
+        if name in drawn:
+            return jnp.array(drawn[name])
+        return jnp.full(shape, FILLS.get(name.rpartition("/")[2], 0.0))
 
     params, stats = (
         traverse_util.unflatten_dict(
@@ -350,8 +399,7 @@ def ours(case: Case) -> Workload:
 
     if "size" in case:
         return product(case, backend.jit)
-    fields: Case = {k: tuple(v) if isinstance(v, list) else v for k, v in case["fields"].items()}
-    module = models.create(case["model"], num_outputs=CLASSES, **fields)
+    module = models.create(case["model"], num_outputs=CLASSES, **fields_of(case))
     options = backend.compiler_options()
     return with_jax(case, module, lambda outputs: outputs.logits, backend.jit, options)
 
@@ -428,7 +476,7 @@ def pytorch(case: Case) -> Workload | None:
         side = np.random.default_rng(0).standard_normal((case["size"],) * 2, np.float32)
         a = torch.from_numpy(side).to(on)
         return workload(lambda: a @ a, lambda y: [y.cpu().numpy()])
-    if case["layers"] is None or case["what"] == "compile":
+    if case["what"] == "compile" or (case["layers"] is None and "timm" not in case):
         return None
 
     class Average(nn.Module):
@@ -451,7 +499,7 @@ def pytorch(case: Case) -> Workload | None:
                 shortcut = F.pad(shortcut, (0, 0, 0, 0, 0, missing))
             return self.inner(x) + shortcut
 
-    found = list(kernels(case["layers"], case["input"]))
+    found = list(kernels(case["layers"] or [], case["input"]))
     inputs = iter([shape[-2] for shape, _, _ in found if shape])
 
     def built(layers: Sequence[Layer], channels: int) -> Any:
@@ -484,20 +532,41 @@ def pytorch(case: Case) -> Workload | None:
                 channels = features
         return nn.Sequential(*modules)
 
-    model = built(case["layers"], case["input"][-1]).to(on, memory_format=torch.channels_last)
-    weights = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    count = sum(p.numel() for p in model.parameters())
-    wanted = sum(math.prod(shape) if shape else 0 for shape, _, _ in found)
-    wanted += sum(beside for _, _, beside in found)
-    if count != wanted:
-        raise ValueError(f"PyTorch's network has {count:,} parameters, the layers {wanted:,}")
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
-                module.bias.zero_()
-        for weight, value in zip(weights, values([s for s, _, _ in found if s]), strict=True):
-            axes = (3, 2, 0, 1) if value.ndim == 4 else (1, 0)
-            weight.copy_(torch.from_numpy(value.transpose(axes)))
+    def from_layers() -> tuple[Any, list[Any]]:
+        """A network of the list of layers, and its kernels in their order."""
+        model = built(case["layers"], case["input"][-1])
+        weights = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+        count = sum(p.numel() for p in model.parameters())
+        wanted = sum(math.prod(shape) if shape else 0 for shape, _, _ in found)
+        wanted += sum(beside for _, _, beside in found)
+        if count != wanted:
+            raise ValueError(f"PyTorch's network has {count:,} parameters, the layers {wanted:,}")
+        with torch.no_grad():
+            for module in model.modules():
+                if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
+                    module.bias.zero_()
+            for weight, value in zip(weights, values([s for s, _, _ in found if s]), strict=True):
+                axes = (3, 2, 0, 1) if value.ndim == 4 else (1, 0)
+                weight.copy_(torch.from_numpy(value.transpose(axes)))
+        return model, weights
+
+    def from_timm() -> tuple[Any, list[Any]]:
+        """Timm's network, and its kernels in the order of their names."""
+        import timm  # type: ignore[import-not-found,unused-ignore]
+
+        model = timm.create_model(case["timm"], num_classes=CLASSES)
+        named = dict(model.named_parameters())
+        with torch.no_grad():
+            for name, parameter in named.items():
+                if parameter.ndim > 1:
+                    parameter.copy_(torch.from_numpy(named_value(name, parameter.shape)))
+                else:
+                    last = name.rpartition(".")[2]
+                    parameter.fill_(FILLS.get({"weight": "scale"}.get(last, last), 0.0))
+        return model, [named[name] for name in sorted(named) if named[name].ndim > 1]
+
+    model, weights = from_timm() if "timm" in case else from_layers()
+    model = model.to(on, memory_format=torch.channels_last)
     pixels, classes = batch(case)
     images = torch.from_numpy(pixels).to(on).permute(0, 3, 1, 2)
     images = images.contiguous(memory_format=torch.channels_last)
@@ -561,8 +630,8 @@ def get_experiment(networks: Mapping[str, Case] = NETWORKS) -> Benchmark:
         contenders={
             "cnnlab": Contender(ours, ("jax", "flax"), shared, keep_heap=True),
             "plain Flax": Contender(plain, ("jax", "flax"), shared),
-            "PyTorch": Contender(pytorch, ("torch",)),
-            "PyTorch, kept heap": Contender(pytorch, ("torch",), keep_heap=True),
+            "PyTorch": Contender(pytorch, ("torch", "timm")),
+            "PyTorch, kept heap": Contender(pytorch, ("torch", "timm"), keep_heap=True),
         },
         cost=cost,
         peak={"size": 2048},

@@ -11,7 +11,7 @@ LAYERS = (
     ("types", "keys", "registry", "geometry", "encoding", "backend", "parallel", "ops"),
     ("config", "layers"),
     (*PLUGINS, "describe"),
-    ("pipeline", "record", "checkpoint"),
+    ("pipeline", "record", "checkpoint", "weights", "pretrained", "exporting", "predict"),
     ("evaluation", "reporting"),
     ("training",),
     ("sweep",),

@@ -44,6 +44,22 @@ VARIANTS: dict[str, dict] = {
     **{f"preact_resnet{d}": {**_SIZES[d], "preact": True, "stem": "small"} for d in (18, 34, 50)},
 }
 
+_TAGS = {
+    "a1_in1k": ("resnet18", "resnet34", "resnet50", "seresnet50"),
+    "a1h_in1k": ("resnet101", "resnet152", "resnext50_32x4d"),
+    "bt_in1k": ("resnet26", "resnet26d"),
+    "ra2_in1k": ("resnet18d", "resnet34d", "resnet50d", "resnet101d", "resnet152d"),
+    "racm_in1k": ("wide_resnet50_2",),
+    "tv_in1k": ("wide_resnet101_2", "resnext101_32x8d"),
+    "gluon_in1k": ("resnext101_32x4d",),
+    "c1_in1k": ("resnext101_64x4d",),
+}
+PUBLISHED: dict[str, dict] = {name: {"tag": tag} for tag, names in _TAGS.items() for name in names}
+for _name in ("resnet101d", "resnet152d"):
+    PUBLISHED[_name]["size"] = 256
+for _name in _TAGS["tv_in1k"]:
+    PUBLISHED[_name]["interpolation"] = "bilinear"
+
 STEMS = ("imagenet", "deep", "small")
 
 

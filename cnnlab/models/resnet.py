@@ -48,6 +48,7 @@ def build(
     norm: str = "batch",
     dropout: float = 0.0,
     spatial_dropout: float = 0.0,
+    remat: bool = False,
     dtype: str = "float32",
 ) -> nn.Module:
     """A residual network of three stages.
@@ -71,6 +72,7 @@ def build(
         norm: `"batch"`, `"group"`, `"layer"` or `"none"`.
         dropout: rate between the two convolutions of a block (Zagoruyko & Komodakis, 2.4).
         spatial_dropout: likewise, for whole channels.
+        remat: compute activations inside blocks again in the backward pass, to save memory.
         dtype: dtype of the computation.
 
     Raises:
@@ -113,6 +115,7 @@ def build(
         norm,
         dropout,
         spatial_dropout,
+        remat,
         dtype,
     )
 
@@ -133,6 +136,7 @@ class ResNet(nn.Module):
     norm: str
     dropout: float
     spatial_dropout: float
+    remat: bool
     dtype: str
 
     @nn.compact
@@ -162,6 +166,7 @@ class ResNet(nn.Module):
                 name="stem",
             )(images, train=train)
         features = {"stem": x}
+        block = layers.rematerialized(ResidualBlock, self.remat)
         total_stride, dilation = 1, 1
         for i in range(STAGES):
             stride, first_dilation = (1 if i == 0 else 2), dilation
@@ -171,7 +176,7 @@ class ResNet(nn.Module):
                 stride, dilation = 1, dilation * 2
             total_stride *= stride
             for j in range(self.blocks):
-                x = ResidualBlock(
+                x = block(
                     self.width * self.widen * 2**i,
                     stride if j == 0 else 1,
                     (first_dilation if j == 0 else dilation, dilation),
@@ -193,7 +198,7 @@ class ResNet(nn.Module):
         return Outputs(layers.Dense(self.num_outputs, name="logits")(x), features=features)
 
 
-class ResidualBlock(nn.Module):
+class ResidualBlock(layers.Block):
     """Two 3x3 convolutions and a shortcut; `dilations` is one for each convolution."""
 
     features: int
@@ -209,7 +214,7 @@ class ResidualBlock(nn.Module):
     dtype: str
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def forward(self, x: jax.Array, train: bool) -> jax.Array:
         """[B, H, W, C] to [B, H', W', features]."""
         same_shape = self.strides == 1 and x.shape[-1] == self.features
         act = layers.activation(self.activation)

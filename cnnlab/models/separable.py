@@ -35,6 +35,7 @@ def build(
     norm: str = "batch",
     dropout: float = 0.0,
     spatial_dropout: float = 0.0,
+    remat: bool = False,
     dtype: str = "float32",
 ) -> nn.Module:
     """A stem and stages of depthwise-separable blocks.
@@ -51,6 +52,7 @@ def build(
         norm: after each convolution, `"batch"`, `"group"`, `"layer"` or `"none"`.
         dropout: rate ahead of the logits.
         spatial_dropout: rate for whole channels after each stage.
+        remat: compute activations inside blocks again in the backward pass, to save memory.
         dtype: dtype of the computation.
 
     Raises:
@@ -87,6 +89,7 @@ def build(
         norm,
         dropout,
         spatial_dropout,
+        remat,
         dtype,
     )
 
@@ -104,6 +107,7 @@ class SeparableStack(nn.Module):
     norm: str
     dropout: float
     spatial_dropout: float
+    remat: bool
     dtype: str
 
     @nn.compact
@@ -118,9 +122,10 @@ class SeparableStack(nn.Module):
             name="stem",
         )(images, train=train)
         features = {"stem": x}
+        block = layers.rematerialized(SeparableBlock, self.remat)
         for i, (size, width) in enumerate(zip(self.stage_sizes, self.widths, strict=True), start=1):
             for j in range(1, size + 1):
-                x = SeparableBlock(
+                x = block(
                     width,
                     self.kernel_size,
                     2 if i > 1 and j == 1 else 1,
@@ -136,7 +141,7 @@ class SeparableStack(nn.Module):
         return Outputs(layers.Dense(self.num_outputs, name="logits")(x), features=features)
 
 
-class SeparableBlock(nn.Module):
+class SeparableBlock(layers.Block):
     """A depthwise and a 1x1 convolution, each with normalisation and activation."""
 
     features: int
@@ -147,7 +152,7 @@ class SeparableBlock(nn.Module):
     dtype: str
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def forward(self, x: jax.Array, train: bool) -> jax.Array:
         """[B, H, W, C] to [B, H', W', features]."""
         x = layers.Conv(
             x.shape[-1],

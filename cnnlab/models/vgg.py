@@ -2,9 +2,12 @@
 
 Simonyan & Zisserman 2015, "Very Deep Convolutional Networks for Large-Scale Image Recognition".
 vgg11, 13, 16 and 19 are columns A, B, D and E of its table 1; `_bn` adds batch normalisation after
-each convolution (whose bias stays, so that parameter counts equal the published ones). The
-default head is the one used on small images: global average pooling and one dense layer.
-`head="original"` is the paper's, with two hidden layers of 4,096.
+each convolution (whose bias stays, so that parameter counts equal the published ones).
+
+These have the paper's head, `head="original"`: two hidden layers of 4,096. As in section 3.2 they
+are convolutions, the first one 7x7, and the result is averaged, so that one network takes images of
+many sizes; of a map below 7x7 the mean over 7x7 regions is taken first, as timm does. Small images
+need no such head: `"average"` is a global average and one dense layer.
 
 Five poolings need images of at least 32x32. For 28x28 images set `pools=4` (or fewer: the first
 `pools` stages end in a pooling). `vgg_small` is the free-form stack 16-16-M-32-32-M-64-64, which
@@ -13,6 +16,9 @@ any `stage_sizes`, `widths` and `pools` give.
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import jax
 from flax import linen as nn
 
@@ -20,10 +26,10 @@ from cnnlab import layers
 from cnnlab.types import CnnlabError, Outputs
 
 _COLUMNS: dict[str, dict] = {
-    "vgg11": {"stage_sizes": (1, 1, 2, 2, 2)},
-    "vgg13": {"stage_sizes": (2, 2, 2, 2, 2)},
-    "vgg16": {"stage_sizes": (2, 2, 3, 3, 3)},
-    "vgg19": {"stage_sizes": (2, 2, 4, 4, 4)},
+    "vgg11": {"stage_sizes": (1, 1, 2, 2, 2), "head": "original"},
+    "vgg13": {"stage_sizes": (2, 2, 2, 2, 2), "head": "original"},
+    "vgg16": {"stage_sizes": (2, 2, 3, 3, 3), "head": "original"},
+    "vgg19": {"stage_sizes": (2, 2, 4, 4, 4), "head": "original"},
 }
 
 VARIANTS: dict[str, dict] = {
@@ -32,7 +38,16 @@ VARIANTS: dict[str, dict] = {
     "vgg_small": {"stage_sizes": (2, 2, 2), "width": 16, "pools": 2, "norm": "batch"},
 }
 
+PUBLISHED: dict[str, dict] = {
+    name + norm: {"tag": "tv_in1k", "interpolation": "bilinear"}
+    for name in _COLUMNS
+    for norm in ("", "_bn")
+}
+
 HEADS = ("average", "flatten", "original")
+
+_HEAD_MAP = 7
+"""Height and width of the map that the original head's first hidden layer sees at once."""
 
 
 def build(
@@ -48,6 +63,7 @@ def build(
     norm: str = "batch",
     dropout: float = 0.0,
     spatial_dropout: float = 0.0,
+    remat: bool = False,
     dtype: str = "float32",
 ) -> nn.Module:
     """A VGG-style stack.
@@ -60,13 +76,15 @@ def build(
         widths: channels of each stage, instead of those that follow from `width`.
         pools: the first so many stages end in a 2x2 max pooling.
         head: `"average"` (global average, dense), `"flatten"` (flatten, dense) or `"original"`
-            (flatten, two hidden dense layers, dense).
-        head_width: units of the original head's hidden layers.
+            (a 7x7 and a 1x1 convolution as hidden layers, global average, dense).
+        head_width: channels of the original head's hidden layers.
         activation: after each convolution and hidden layer.
         norm: after each convolution, `"batch"`, `"group"`, `"layer"` or `"none"`.
         dropout: rate ahead of the logits; in the original head after each hidden layer, where
             the paper has 0.5.
         spatial_dropout: rate for whole channels after each stage.
+        remat: compute what lies between two convolutions again in the backward pass, to save
+            memory.
         dtype: dtype of the computation.
 
     Raises:
@@ -83,8 +101,11 @@ def build(
             f"stage_sizes {stage_sizes}, got {widths}"
         )
     widths = tuple(widths) or tuple(width * min(2**i, 8) for i in range(len(stage_sizes)))
-    if min(widths) < 1:
-        raise CnnlabError(f"width and widths must be at least 1, got {min(widths)}")
+    if min(*widths, head_width) < 1:
+        raise CnnlabError(
+            f"width, widths and head_width must be at least 1, got widths {widths} and head_width "
+            f"{head_width}"
+        )
     if not 0 <= pools <= len(stage_sizes):
         raise CnnlabError(
             f"pools must be from 0 to the number of stages, {len(stage_sizes)}, got {pools}; "
@@ -101,8 +122,26 @@ def build(
         norm,
         dropout,
         spatial_dropout,
+        remat,
         dtype,
     )
+
+
+def published_name(module: tuple[str, ...], **fields: Any) -> str | None:
+    """The name that timm gives to a module; None where timm has no such network.
+
+    timm numbers convolutions, normalisations, activations and poolings in one sequence.
+    """
+    if fields["head"] != "original":
+        return None
+    names = {"hidden1": "pre_logits.fc1", "hidden2": "pre_logits.fc2", "logits": "head.fc"}
+    if module[0] in names:
+        return names[module[0]]
+    stage, conv = (int(part) for part in re.findall(r"\d+", module[0]))
+    earlier = fields["stage_sizes"][: stage - 1]
+    layers_a_conv = 2 if fields["norm"] == "none" else 3
+    before = (sum(earlier) + conv - 1) * layers_a_conv + min(stage - 1, fields["pools"])
+    return f"features.{before + (module[1] == 'norm')}"
 
 
 class VGG(nn.Module):
@@ -118,6 +157,7 @@ class VGG(nn.Module):
     norm: str
     dropout: float
     spatial_dropout: float
+    remat: bool
     dtype: str
 
     @nn.compact
@@ -129,11 +169,12 @@ class VGG(nn.Module):
                 f"{self.pools} poolings need images of at least {2**self.pools}x{2**self.pools}, "
                 f"got {images.shape[1]}x{images.shape[2]}; set pools={smallest.bit_length() - 1}"
             )
+        block = layers.rematerialized(layers.ConvBlock, self.remat)
         features = {}
         x = images
         for i, (size, width) in enumerate(zip(self.stage_sizes, self.widths, strict=True), start=1):
             for j in range(1, size + 1):
-                x = layers.ConvBlock(
+                x = block(
                     width,
                     norm=self.norm,
                     activation=self.activation,
@@ -145,20 +186,28 @@ class VGG(nn.Module):
                 x = layers.Pool("max", name=f"stage{i}_pool")(x)
             x = layers.SpatialDropout(self.spatial_dropout, name=f"stage{i}_drop")(x, train=train)
             features[f"stage{i}"] = x
-        if self.head == "average":
+        if self.head == "original":
+            x = self._hidden(x, train)
+        elif self.head == "average":
             x = layers.Pool("global", name="pool")(x)
         else:
             x = x.reshape(x.shape[0], -1)
-        if self.head == "original":
-            for i in (1, 2):
-                x = layers.Dense(
-                    self.head_width,
-                    dtype=self.dtype,
-                    kernel_init=layers.he_normal,
-                    name=f"hidden{i}",
-                )(x)
-                x = layers.activation(self.activation)(x)
-                x = layers.Dropout(self.dropout, name=f"drop{i}")(x, train=train)
-        else:
-            x = layers.Dropout(self.dropout, name="drop")(x, train=train)
+        x = layers.Dropout(self.dropout, name="drop")(x, train=train)
         return Outputs(layers.Dense(self.num_outputs, name="logits")(x), features=features)
+
+    def _hidden(self, x: jax.Array, train: bool) -> jax.Array:
+        """The original head's hidden layers: [B, H, W, C] to [B, head_width]."""
+        size = (max(x.shape[1], _HEAD_MAP), max(x.shape[2], _HEAD_MAP))
+        x = layers.AdaptivePool(size, name="enlarge")(x)
+        for i, kernel_size in ((1, _HEAD_MAP), (2, 1)):
+            x = layers.Conv(
+                self.head_width,
+                kernel_size,
+                dtype=self.dtype,
+                kernel_init=layers.he_normal,
+                name=f"hidden{i}",
+            )(x)
+            x = layers.activation(self.activation)(x)
+            if i == 1:
+                x = layers.Dropout(self.dropout, name="drop1")(x, train=train)
+        return layers.Pool("global", name="pool")(x)

@@ -1,4 +1,4 @@
-"""Pooling of NHWC images: maximum, average, and both over the whole map.
+"""Pooling of NHWC images: maximum, average, both over the whole map, averages to a given size.
 
 XLA differentiates a maximum by select-and-scatter, which is slow on CPU and, on GPU, adds
 overlapping windows in the order of atomics. Here the tangent is a sum over the window's taps of
@@ -139,6 +139,52 @@ def global_max_pool(images: jax.Array) -> jax.Array:
     _check_images(images)
     height, width = images.shape[1:3]
     return max_pool(images, (height, width))[:, 0, 0]
+
+
+def adaptive_avg_pool(images: jax.Array, size: Pair) -> jax.Array:
+    """The mean of each of `size` regions that together cover the images.
+
+    Along an axis of n pixels and m outputs, output i is the mean of the pixels from floor(i n / m)
+    to ceil((i + 1) n / m), the last not included, as PyTorch's layer of this name has it. So every
+    pixel counts; regions overlap where m does not divide n, and pixels are repeated where m > n.
+    Sums are float32 at least.
+
+    Args:
+        images: [B, H, W, C], floating point.
+        size: height and width of the output.
+
+    Returns:
+        [B, *size, C].
+
+    Raises:
+        CnnlabError: images that are not [B, H, W, C] or not floating point, or a size that is not
+            two integers of at least 1.
+    """
+    _check_images(images)
+    if not _is_pair(size, 1):
+        raise CnnlabError(
+            f"size must be (height, width), both integers of at least 1, got {size!r}; give for "
+            "instance (7, 7)"
+        )
+    if images.shape[1:3] == size:
+        return images
+    accurate = jnp.promote_types(images.dtype, jnp.float32)
+    rows, columns = (
+        jnp.asarray(_regions(n, m), accurate) for n, m in zip(images.shape[1:3], size, strict=True)
+    )
+    # Matrix units round float32 to fewer bits unless told not to.
+    highest = lax.Precision.HIGHEST
+    x = jnp.einsum("ih,bhwc->biwc", rows, images.astype(accurate), precision=highest)
+    x = jnp.einsum("jw,biwc->bijc", columns, x, precision=highest)
+    return x.astype(images.dtype)
+
+
+def _regions(pixels: int, outputs: int) -> np.ndarray:
+    """[outputs, pixels]: the weight of each pixel in the mean of each region, rows sum to 1."""
+    i, pixel = np.arange(outputs)[:, None], np.arange(pixels)
+    first, end = i * pixels // outputs, -(-(i + 1) * pixels // outputs)
+    inside = (pixel >= first) & (pixel < end)
+    return inside / (end - first)
 
 
 def _is_pair(value: object, least: int) -> bool:

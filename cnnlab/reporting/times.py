@@ -2,9 +2,9 @@
 
 The record of a case holds `schema` (1), `case` (its name), `definition`, `rounds`, `contenders`
 (name -> `settings`, `versions`, `calls` in one timing, `seconds` per call of every timing; where it
-has the case also `device`, `options`, `kept_heap`, `first` call's seconds, `checksum` of the
-outputs), `cost` (`flops`, `bytes`), `peaks` (`flops`, `bytes`: contender -> per second, measured in
-the same run), `machine`, `code` and `file` (digest of the experiment file).
+has the case also `device`, `options`, `items`, `facts`, `kept_heap`, `first` call's seconds,
+`checksum` of the outputs), `cost` (`flops`, `bytes`), `peaks` (`flops`, `bytes`: contender -> per
+second, measured in the same run), `machine`, `code` and `file` (digest of the experiment file).
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ SCHEMA = 1
 RESAMPLES = 2_000
 
 COLUMNS: dict[str, str] = {
+    "facts": "what is known of the case",
+    "items": "each contender's images a second",
     "ms": "each contender's median",
     "ratio": "ours over each other's",
     "rate": "GFLOP/s or GB/s of ours, whichever bounds the case",
@@ -122,7 +124,10 @@ def grid(spec: TimesSpec, records: Iterable[Record]) -> Grid:
     """
     found = _by_case(spec, records)
     ours, others = spec.contenders[0], spec.contenders[1:]
-    headers = [""]
+    known = _facts(found)
+    headers = ["", *(known if "facts" in spec.columns else ())]
+    if "items" in spec.columns:
+        headers += [f"{name} (images/s)" for name in spec.contenders]
     if "ms" in spec.columns:
         headers += [f"{name} (ms)" for name in spec.contenders]
     if "ratio" in spec.columns:
@@ -136,6 +141,11 @@ def grid(spec: TimesSpec, records: Iterable[Record]) -> Grid:
         if record is None:
             lines.append(line + [(MISSING, False)] * (len(headers) - 1))
             continue
+        if "facts" in spec.columns:
+            of_case = _facts({case: record})
+            line += [(of_case.get(heading, MISSING), False) for heading in known]
+        if "items" in spec.columns:
+            line += [(_rate(record, name), False) for name in spec.contenders]
         if "ms" in spec.columns:
             line += [(_ms(median(record, name)), False) for name in spec.contenders]
         if "ratio" in spec.columns:
@@ -205,6 +215,22 @@ def _ms(seconds: float | None) -> str:
     return MISSING if seconds is None else _three(1e3 * seconds)
 
 
+def _facts(records: Mapping[str, Record]) -> dict[str, str]:
+    """Heading -> text of all contenders of all these records, in the order of their first."""
+    return {
+        heading: text
+        for record in records.values()
+        for measured in record["contenders"].values()
+        for heading, text in measured.get("facts", {}).items()
+    }
+
+
+def _rate(record: Record, contender: str) -> str:
+    seconds = median(record, contender)
+    items = record["contenders"].get(contender, {}).get("items", 0)
+    return _three(items / seconds) if items and seconds else MISSING
+
+
 def _three(value: float) -> str:
     """About three significant digits without an exponent."""
     decimals = 0 if value >= 99.95 else 1 if value >= 9.995 else 2 if value >= 0.9995 else 3
@@ -236,7 +262,8 @@ def _notes(spec: TimesSpec, records: Mapping[str, Record]) -> Iterable[str]:
     ours = spec.contenders[0]
     yield (
         "Each contender runs in a process of its own; every round times them one after another, "
-        "while the others sleep. Medians over the rounds, in milliseconds a call."
+        "while the others sleep. Medians over the rounds"
+        + (", in milliseconds a call." if "ms" in spec.columns else ".")
     )
     if "ratio" in spec.columns and len(spec.contenders) > 1:
         yield (

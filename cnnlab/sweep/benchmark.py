@@ -40,12 +40,16 @@ class Workload:
         outputs: what `run` returned -> arrays, in the same order and layout for all contenders.
         device: where it runs, `cpu` or the accelerator's kind.
         options: what was set beyond the defaults, such as compiler options; recorded.
+        items: how many images, say, one run takes; 0 where that means nothing.
+        facts: what else a table says of the case, heading -> text; recorded.
     """
 
     run: Callable[[], Any]
     outputs: Callable[[Any], Sequence[np.ndarray]]
     device: str = "cpu"
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    items: int = 0
+    facts: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,6 +208,8 @@ class _Server:
             "supported": True,
             "device": self.workload.device,
             "options": dict(self.workload.options),
+            "items": self.workload.items,
+            "facts": dict(self.workload.facts),
             "kept_heap": self.kept_heap,
             "first": first,
             "checksum": checksum(self.workload.outputs(result)),

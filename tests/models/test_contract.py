@@ -35,11 +35,23 @@ def shrink(name: str) -> dict:
         small["widen"] = 2
     if "depth" in fields:
         small["depth"] = 8 + (fields["depth"] - 8) % 6
+    if "squeeze_ratio" in fields:  # of so few channels that all may be dead
+        small["width"] = 32
+    if "width_factor" in fields:
+        small |= {"width_factor": 0.1, "depth_factor": 1.0}
+    if "width_slope" in fields:
+        small |= {"depth": 4, "initial_width": 16, "width_slope": 16.0,
+                  "width_multiplier": 2.0, "group_width": 4}  # fmt: skip
     return small
 
 
 def create_small(name: str, **fields) -> nn.Module:
     return models.create(name, num_outputs=7, **{**shrink(name), **fields})
+
+
+def own_heads(name: str) -> int:
+    """Auxiliary heads that a variant has by itself once it is small: one, for one block a stage."""
+    return 1 if registry.get("models", name).parameters.get("aux_heads") else 0
 
 
 # One name for each network that is still different once it is small.
@@ -88,7 +100,7 @@ def test_takes_a_step_with_finite_gradients_everywhere(name, train_once):
     variables, outputs, moved, gradients = train_once(create_small(name))
     assert outputs.logits.shape == (2, 7)
     assert outputs.logits.dtype == jnp.float32
-    assert outputs.aux == ()
+    assert [head.shape for head in outputs.aux] == [(2, 7)] * own_heads(name)
     assert outputs.features
     assert all(f.ndim == 4 and f.shape[0] == 2 for f in outputs.features.values())
     for path, gradient in jax.tree_util.tree_flatten_with_path(gradients)[0]:
@@ -120,7 +132,7 @@ def test_heads_at_each_feature_train_and_vanish(name):
         )[0]
 
     trained = jax.eval_shape(lambda v: apply(v, train=True), abstract)
-    assert [head.shape for head in trained.aux] == [(2, 7)] * len(aux)
+    assert [head.shape for head in trained.aux] == [(2, 7)] * (own_heads(name) + len(aux))
     assert {head.dtype for head in trained.aux} == {jnp.dtype("float32")}
     stripped = {
         name: {"net": tree["net"]} if "net" in tree else tree for name, tree in abstract.items()

@@ -74,7 +74,13 @@ def test_sizes_of_the_papers():
 
 
 def test_free_form_vgg_is_the_stack_that_was_asked_for():
-    by_hand = {"stage_sizes": (2, 2, 2), "widths": (16, 32, 64), "pools": 2, "norm": "batch"}
+    by_hand = {
+        "stage_sizes": (2, 2, 2),
+        "widths": (16, 32, 64),
+        "pools": 2,
+        "norm": "batch",
+        "head": "average",
+    }
     assert models.create("vgg_small", num_outputs=10) == models.create(
         "vgg16", num_outputs=10, **by_hand
     )

@@ -1,6 +1,8 @@
 """Pooling against lax to the last bit, and against NumPy in float64."""
 
 import functools
+import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -313,6 +315,40 @@ def test_global_max_pool_gives_all_to_the_first_maximum(size):
     np.testing.assert_array_equal(pull_back(cotangent)[0], expected.reshape(images.shape))
 
 
+@pytest.mark.parametrize(
+    ("size", "out"),
+    [
+        ((6, 8), (3, 2)),  # tiles
+        ((14, 9), (4, 4)),  # overlapping regions, different ones along each axis
+        ((2, 3), (7, 7)),  # enlarged
+        ((9, 4), (1, 5)),
+        ((5, 6), (5, 6)),
+    ],
+)
+def test_adaptive_avg_pool_and_gradient_equal_numpy(size, out):
+    images, cotangent = draw((2, *size, 3)), draw((2, *out, 3), 1)
+    expected = np.zeros((2, *out, 3))
+    expected_gradient = np.zeros(images.shape)
+    for i, j in itertools.product(*map(range, out)):
+        # From floor(i n / m) to ceil((i + 1) n / m).
+        rows, columns = (
+            slice(math.floor(k * n / m), math.ceil((k + 1) * n / m))
+            for k, n, m in zip((i, j), size, out, strict=True)
+        )
+        region = np.float64(images)[:, rows, columns]
+        expected[:, i, j] = region.mean((1, 2))
+        share = np.float64(cotangent)[:, i, j] / (region.shape[1] * region.shape[2])
+        expected_gradient[:, rows, columns] += share[:, None, None]
+    pooled, pull_back = jax.vjp(lambda x: pool.adaptive_avg_pool(x, out), images)
+    np.testing.assert_allclose(pooled, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(pull_back(cotangent)[0], expected_gradient, rtol=1e-5, atol=1e-6)
+    half = images.astype(jnp.bfloat16)
+    pooled = pool.adaptive_avg_pool(half, out)
+    assert pooled.dtype == jnp.bfloat16
+    in_float32 = pool.adaptive_avg_pool(half.astype(jnp.float32), out)
+    np.testing.assert_array_equal(pooled, in_float32.astype(jnp.bfloat16))
+
+
 IMAGES = jnp.zeros((1, 6, 5, 2))
 MAX, AVG = pool.max_pool, pool.avg_pool
 
@@ -328,6 +364,8 @@ MAX, AVG = pool.max_pool, pool.avg_pool
         (lambda: AVG(IMAGES, (1, 8), padding=((0, 0), (1, 1))), "width 8 .* into 5 .*at most 7"),
         (lambda: MAX(IMAGES, (0, 2)), r"window must be.*got \(0, 2\)"),
         (lambda: MAX(IMAGES, 2), "window must be.*got 2"),
+        (lambda: pool.adaptive_avg_pool(IMAGES, (0, 7)), r"size must be.*got \(0, 7\).*\(7, 7\)"),
+        (lambda: pool.adaptive_avg_pool(IMAGES[0], (7, 7)), r"images\[None\]"),
         (lambda: MAX(IMAGES, (2, 2), strides=(2, 0)), r"strides must be.*got \(2, 0\)"),
         (lambda: AVG(IMAGES, (2, 2), strides=(2, 1.5)), "strides must be"),
         (lambda: AVG(IMAGES, (2, 2), padding=((0, -1), (0, 0))), "padding must be.*-1.*crop"),

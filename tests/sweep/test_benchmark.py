@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from cnnlab import cli
+from cnnlab import cli, models, registry
 from cnnlab.reporting import tables, times
 from cnnlab.sweep import Benchmark, benchmark, experiment, timing
 from cnnlab.types import CnnlabError, Record
@@ -275,7 +275,8 @@ def record(case, ours, theirs, **more) -> Record:
     def contender(seconds, **settings):
         return {
             "seconds": seconds, "calls": 1, "first": 1.0, "checksum": [], "device": "cpu",
-            "options": {}, "kept_heap": False, "versions": {"numpy": "2.0"},
+            "options": {}, "items": 4, "facts": {}, "kept_heap": False,
+            "versions": {"numpy": "2.0"},
             "settings": {"environment": {}, "keep_heap": False}, **settings,
         }  # fmt: skip
 
@@ -301,17 +302,23 @@ def test_the_table_of_known_times():
         record("fast", [0.020, 0.021, 0.019], [0.080, 0.079, 0.081]),
         record("slow", [0.08, 0.08], [0.02, 0.02, 0.02]),
     ]
+    records[1]["contenders"]["theirs"]["facts"] = {"kind": "quick one"}
     grid = times.grid(SPEC, records)
     lines = {line[0][0]: line[1:] for line in grid.lines}
-    assert grid.headers[1:4] == ["ours (ms)", "theirs (ms)", "ours / theirs"]
+    assert grid.headers[1:7] == [
+        "kind", "ours (images/s)", "theirs (images/s)", "ours (ms)", "theirs (ms)", "ours / theirs",
+    ]  # fmt: skip
+    assert [lines[name][0][0] for name in ("fast", "slow")] == ["quick one", "–"]
+    # Four images in 20 ms.
+    assert [lines["fast"][i][0] for i in (1, 2)] == ["200", "50.0"]
     # 1e9 bytes at 1e11 a second bound the case, not 4e9 operations at the better 2e12.
-    assert [text for text, _ in lines["fast"]][3:] == ["50.0 GB/s", "10.0", "2.00"]
-    assert [lines["fast"][i][0] for i in (0, 1)] == ["20.0", "80.0"]
-    ratio, bold = lines["fast"][2]
+    assert [text for text, _ in lines["fast"]][6:] == ["50.0 GB/s", "10.0", "2.00"]
+    assert [lines["fast"][i][0] for i in (3, 4)] == ["20.0", "80.0"]
+    ratio, bold = lines["fast"][5]
     assert ratio.startswith("0.25 [0.2")
     assert bold
-    assert lines["slow"][2] == ("4.00 [4.00, 4.00]†", False)
-    text, bold = lines["tie"][2]
+    assert lines["slow"][5] == ("4.00 [4.00, 4.00]†", False)
+    text, bold = lines["tie"][5]
     assert text.startswith("1.00 [")
     assert not bold
     assert "†" not in text
@@ -384,6 +391,23 @@ def test_every_benchmark_of_the_project_expands(made):
         assert flops >= 0, name
         assert moved >= 0, name
         assert flops or moved or case["what"] == "compile", name
+
+
+def test_the_zoo_names_every_variant_and_no_other(root):
+    module, found = experiment.read(root / "experiments" / "zoo.py")
+    assert set(found.cases) == set(registry.plugins("models"))
+    assert set(module.PUBLISHED) <= set(found.cases)
+    assert set(module.SIZES) <= set(found.cases)
+    timing.expand(root / "experiments" / "zoo.py", module, found)
+    case = found.cases["resnet18"]
+    assert module.facts(case, models.create("resnet18", num_outputs=1000)) == {
+        "input": "224x224x3",
+        "parameters": "11,689,512",
+        "MACs (M)": "1,814.1",
+        "receptive field / stride": "435 / 32",
+        "top-1 (%)": "69.76",
+        "source": "timm, tv_in1k",
+    }
 
 
 def test_operations_are_those_of_the_published_counts(root):
