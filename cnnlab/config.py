@@ -319,11 +319,11 @@ def resolve(config: ConfigDict, where: str) -> ConfigDict:
         data=_checked(FIELDS["data"]["name"], flat.pop("data.name", None), "data.name", where),
     )
     resolved = override(resolved, flat, where)
-    heads, weights = resolved.model.aux, resolved.task.aux_weight
+    heads, weights = auxiliary_heads(resolved), resolved.task.aux_weight
     if len(weights) not in (1, len(heads)):
         raise CnnlabError(
             f"{where}: task.aux_weight: expected one weight, or one for each of the "
-            f"{len(heads)} heads of model.aux {tuple(heads)}, got {tuple(weights)}"
+            f"{len(heads)} auxiliary heads {heads}, got {tuple(weights)}"
         )
     if resolved.optim.schedule == "one_cycle" and parse_duration(resolved, "optim.warmup").count:
         raise CnnlabError(
@@ -410,6 +410,18 @@ def program(config: ConfigDict) -> str:
         elif key in ("optim.clip_norm", "optim.ema_decay"):
             static[key] = value > 0
     return json.dumps(static, sort_keys=True)
+
+
+def auxiliary_heads(config: ConfigDict) -> tuple[str, ...]:
+    """Names of the auxiliary heads, in the order of `Outputs.aux`.
+
+    Those that the network has by itself (its file defines `own_heads(**fields)`), then one for each
+    feature of `model.aux`.
+    """
+    plugin = registry.get("models", config.model.name)
+    own = getattr(plugin.module, "own_heads", None)
+    names = own(**{name: config.model[name] for name in plugin.parameters}) if own else ()
+    return (*names, *(f"aux_{feature}" for feature in config.model.aux))
 
 
 def parse_duration(config: ConfigDict, key: str) -> Duration:

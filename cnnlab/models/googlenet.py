@@ -164,6 +164,13 @@ def _plans(
     )
 
 
+def own_heads(*, aux_heads: bool, stage_sizes: tuple[int, ...], **_: object) -> tuple[str, ...]:
+    """Names of the network's own auxiliary heads, in the order of `Outputs.aux`."""
+    if not aux_heads:
+        return ()
+    return ("aux1", "aux2") if stage_sizes[-2] > 2 else ("aux1",)
+
+
 def published_name(module: tuple[str, ...], **fields: Any) -> str | None:
     """The name that torchvision gives to a module; None where it has no such network."""
     if fields["stem"] == "small" or fields["widths"]:

@@ -18,7 +18,7 @@ bad at, by shape alone, so that one program always gives the same bits:
   planes (the gradient of images with three channels, say).
 - Depthwise convolutions run one channel at a time. All three faces become shifted products; the
   kernel gradient's are added in vectors before they are reduced.
-- Kernels of size one are matrix products.
+- Kernels of size one, and kernels as large as the images, are matrix products.
 - A convolution with groups is one convolution a group.
 """
 
@@ -179,6 +179,8 @@ def cpu(face: Face, a: jax.Array, b: jax.Array, spec: Spec) -> jax.Array:
         return _grouped(face, a, b, spec)
     if math.prod(spec.kernel) == 1:
         return _pointwise(face, a, b, spec)
+    if spec.kernel == spec.images and not any(itertools.chain(*spec.padding)):
+        return _whole(face, a, b).reshape(shape)
     return _dense(face, a, b, spec)
 
 
@@ -294,6 +296,16 @@ def _pointwise(face: Face, a: jax.Array, b: jax.Array, spec: Spec) -> jax.Array:
     seen = _window(_padded(a, spec), (0,) * len(spatial), spec)
     gradient = lax.dot_general(seen, b, (((0, *spatial), (0, *spatial)), ((), ())))
     return gradient.reshape(*spec.kernel, *gradient.shape)
+
+
+def _whole(face: Face, a: jax.Array, b: jax.Array) -> jax.Array:
+    """A kernel as large as the images: one window, so one matrix product of all pixels."""
+    a = a.reshape(len(a), -1)
+    if face is Face.RESULT:
+        return a @ b.reshape(-1, b.shape[-1])
+    if face is Face.IMAGES:
+        return a @ b.reshape(-1, b.shape[-1]).T
+    return a.T @ b.reshape(len(b), -1)
 
 
 def _product(images: jax.Array, matrix: jax.Array) -> jax.Array:

@@ -102,7 +102,7 @@ def draw(
             x=0.01, ha="left", fontsize=7.5, color="#555555",
         )  # fmt: skip
 
-    return figures._save(paint, path, (max(7.2, 1.95 * len(chosen)), 6.6))
+    return figures.save(paint, path, (max(7.2, 1.95 * len(chosen)), 6.6))
 
 
 def example_image(size: tuple[int, int]) -> np.ndarray:

@@ -109,7 +109,7 @@ def score_cost(
             figure.set_size_inches(5.6 + 0.066 * longest, max(3.6, 0.17 * len(points) + 0.4))
             figure.legend(loc="outside right upper", fontsize=8)
 
-    return _save(draw, path, (5.2, 3.6))
+    return save(draw, path, (5.2, 3.6))
 
 
 def learning_curves(
@@ -186,7 +186,7 @@ def learning_curves(
             handlelength=2.6, fontsize=8.5,
         )  # fmt: skip
 
-    return _save(draw, path, (width, 2.9 + 0.19 * -(-len(labels) // columns)))
+    return save(draw, path, (width, 2.9 + 0.19 * -(-len(labels) // columns)))
 
 
 def confusion_matrix(
@@ -240,7 +240,7 @@ def confusion_matrix(
         bar.outline.set_visible(False)
 
     side = min(max(3.2, 0.42 * size + 1.4), 10.0)
-    return _save(draw, path, (side + 0.8, side))
+    return save(draw, path, (side + 0.8, side))
 
 
 def mistakes(
@@ -310,7 +310,7 @@ def mistakes(
             x=0.01, ha="left", fontsize=9,
         )  # fmt: skip
 
-    return _save(draw, path, (1.2 * columns, 1.62 * lines + 0.35))
+    return save(draw, path, (1.2 * columns, 1.62 * lines + 0.35))
 
 
 def write_all(
@@ -563,7 +563,7 @@ def _offset(text: Annotation, dx: float, dy: float) -> None:
     )
 
 
-def _save(
+def save(
     draw: Callable[[Figure], None], path: str | os.PathLike[str], size: tuple[float, float]
 ) -> Path:
     import matplotlib

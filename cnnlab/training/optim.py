@@ -36,7 +36,7 @@ def hyper(config: ConfigDict, *, examples: int) -> Hyper:
                     duration = config_lib.Duration.parse(value)
                     value = duration.steps(batch_size=batch_size, examples=examples)
                 values[f"{section}.{name}"] = np.asarray(value, np.float32)
-    heads = (len(config.model.aux),)
+    heads = (len(config_lib.auxiliary_heads(config)),)
     values["task.aux_weight"] = np.broadcast_to(values["task.aux_weight"], heads)
     values["train.steps"] = np.asarray(
         config_lib.parse_duration(config, "train.duration").steps(

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from cnnlab import augment, backend, keys, models, parallel, registry
+from cnnlab import config as config_lib
 from cnnlab.training import optim
 from cnnlab.types import Batch, DatasetInfo, Hyper, Outputs, PyTree, TrainState
 
@@ -157,10 +158,12 @@ def make_program(config: ConfigDict, info: DatasetInfo) -> Program:
         outputs: Any = module.apply(variables, normalise(pixels(images, indices)), train=False)
         return outputs.logits
 
+    heads = config_lib.auxiliary_heads(config)
+
     def head_names(metric: str) -> str:
-        """`aux0/top1` -> `aux_stage1/top1`."""
+        """`aux0/top1` to `aux_stage1/top1`."""
         head, slash, name = metric.partition("/")
-        return f"aux_{config.model.aux[int(head.removeprefix('aux'))]}/{name}" if slash else metric
+        return f"{heads[int(head.removeprefix('aux'))]}/{name}" if slash else metric
 
     program = Program(
         module=module,

@@ -28,6 +28,7 @@ ALGORITHMS = {
     "few from many, long rows": (9, 2, 1, (3, 2), (1, 1), ((1, 0), (-1, 2)), (2, 1)),
     "few from many, short rows": (9, 2, 1, (2, 4), (1, 1), "SAME", (1, 1)),
     "many from few": (2, 9, 1, (3, 3), (2, 1), ((0, 2), (1, -1)), (1, 2)),
+    "as large as the images": (3, 5, 1, (9, 8), (1, 1), "VALID", (1, 1)),
     "pointwise": (3, 5, 1, (1, 1), (2, 1), ((1, 0), (0, 1)), (1, 1)),
 }
 

@@ -99,6 +99,16 @@ def test_auxiliary_heads_are_logged_by_name_and_absent_at_inference():
     assert program.module.apply(variables, jnp.zeros((1, 8, 8, 1)), train=False).aux == ()
 
 
+def test_a_networks_own_heads_come_first_and_are_weighted():
+    changes = {"model.stem": "small", "model.stage_sizes": (1, 1), "model.width": 4,
+               "model.widths": (16, 16), "model.aux": ("stage2",),
+               "task.aux_weight": (0.3, 0.1)}  # fmt: skip
+    _, metrics, _ = train(small("googlenet", **changes), 2)
+    mean = {name: total / count for name, (total, count) in metrics[1].items()}
+    expected = mean["nll"] + 0.3 * mean["aux1/nll"] + 0.1 * mean["aux_stage2/nll"]
+    assert mean["loss"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_a_decayed_auxiliary_weight_reaches_the_loss():
     made = small(
         **{"model.aux": ("stage1",), "task.aux_weight": 1.0, "task.aux_schedule": "linear"}
