@@ -566,6 +566,13 @@ def _offset(text: Annotation, dx: float, dy: float) -> None:
 def save(
     draw: Callable[[Figure], None], path: str | os.PathLike[str], size: tuple[float, float]
 ) -> Path:
+    """Draws a figure and writes it atomically, the same bytes for the same numbers.
+
+    Args:
+        draw: puts everything on the figure.
+        path: its ending chooses the format.
+        size: in inches.
+    """
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
