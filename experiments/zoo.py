@@ -12,9 +12,10 @@ convolutions and dense layers for one image; the receptive field is the last fea
 Published top-1 accuracies on ImageNet-1k, single crop, come from
 
 - timm: its `results/results-imagenet.csv`, in the row of the weights that are named (`tv_in1k`:
-  torchvision's first recipe; `pycls_in1k`: Radosavovic et al. 2020), at 224 pixels but where said;
+  torchvision's first recipe; `pycls_in1k`: Radosavovic et al. 2020), at 224 pixels
+  but where said (EfficientNet-Lite1 and 2: 240 and 260);
 - torchvision: its table of weights, `IMAGENET1K_V1`;
-- Liu et al. 2022, table 1; Yu, Koltun & Funkhouser 2017, table 1.
+- Liu et al. 2022, table 1.
 
 Those of small images are CIFAR-10 accuracies: He et al. 2016 ("Deep Residual Learning"), table 6;
 He et al. 2016 ("Identity Mappings"), table 4; Zagoruyko & Komodakis 2016, tables 4 and 5.
@@ -54,8 +55,9 @@ _TIMM: dict[str, dict[str, float]] = {
     },
     "in1k": {
         "tf_efficientnet_lite0": 74.83, "tf_efficientnet_lite1": 76.64,
-        "tf_efficientnet_lite2": 77.46, "tf_efficientnet_lite3": 79.81,
+        "tf_efficientnet_lite2": 77.46,
     },
+    "in1k, 300 pixels": {"tf_efficientnet_lite3": 79.81},
     "pycls_in1k": {
         "regnetx_002": 68.75, "regnetx_004": 72.40, "regnetx_006": 73.87, "regnetx_008": 75.03,
         "regnetx_016": 76.92, "regnetx_032": 78.17, "regnetx_040": 78.49, "regnetx_064": 79.07,
