@@ -149,7 +149,7 @@ CASES = {
     "batch larger than the data": (nothing, f"{TRAIN} --config.train.batch_size=5000", r"train.batch_size: expected at most the 1293 training examples, got 5000"),
     "more devices than there are": (nothing, f"{TRAIN} --config.parallel.devices=64", r"parallel.devices: expected at most the 8 cpu"),
     "batch not divided by the devices": (nothing, f"{TRAIN} --config.parallel.devices=8 --config.train.batch_size=60", r"multiple of the 8 devices"),
-    "aux weight for each head": (nothing, f"{TRAIN} --config.model.aux=stage1 --config.task.aux_weight=1,2", r"expected one weight, or one for each of the 1 heads"),
+    "aux weight for each head": (nothing, f"{TRAIN} --config.model.aux=stage1 --config.task.aux_weight=1,2", r"expected one weight, or one for each of the 1 auxiliary heads"),
     "unknown feature for a head": (nothing, f"{TRAIN} --config.model.aux=stage7", r"stage7.*(stage1)"),
     "selection without a validation split": (nothing, f"{TRAIN} --config.data.validation=0 --config.train.keep=best", r"need a validation split.*test split never selects"),
     "image too small": (nothing, f"{TRAIN} --config.model.name=vgg11", r"poolings need images of at least 32x32, got 8x8; set pools=3"),
