@@ -124,11 +124,8 @@ def build(
             "width, base_width and groups must be at least 1, got "
             f"{width}, {base_width} and {groups}"
         )
-    if output_stride not in (8, 16, 32):
-        nearest = min((8, 16, 32), key=lambda stride: abs(stride - output_stride))
-        raise CnnlabError(
-            f"output_stride must be 8, 16 or 32, got {output_stride}; the nearest is {nearest}"
-        )
+    strides = (4, 1, *(2,) * (len(stage_sizes) - 1))  # the stem's first
+    plan = tuple(layers.dilated_stages(strides, output_stride))
     if block == "basic" and (groups, base_width) != (1, 64):
         raise CnnlabError(
             f'groups and base_width shape a bottleneck; block="basic" takes neither, got groups '
@@ -150,7 +147,7 @@ def build(
         average_down,
         squeeze_excite,
         preact,
-        output_stride,
+        plan,
         zero_init,
         activation,
         norm,
@@ -172,7 +169,10 @@ def published_name(module: tuple[str, ...], **fields: object) -> str | None:
 
 
 class ResNet(nn.Module):
-    """Stem, stages, global average, logits; attributes as in `build`."""
+    """Stem, stages, global average, logits.
+
+    Attributes as in `build`, but `plan`: of `layers.dilated_stages`.
+    """
 
     num_outputs: int
     block: str
@@ -184,7 +184,7 @@ class ResNet(nn.Module):
     average_down: bool
     squeeze_excite: bool
     preact: bool
-    output_stride: int
+    plan: tuple[tuple[int, int, int], ...]
     zero_init: bool
     activation: str
     norm: str
@@ -207,12 +207,8 @@ class ResNet(nn.Module):
             x = layers.Pool("max", 3, 2, 1, name="pool")(x)
         block = layers.rematerialized(ResidualBlock, self.remat)
         rates = iter(layers.drop_path_rates(self.drop_path, sum(self.stage_sizes)))
-        stride_so_far, dilation = 4, 1
-        for i, size in enumerate(self.stage_sizes):
-            strides, first_dilation = (1 if i == 0 else 2), dilation
-            if stride_so_far * strides > self.output_stride:
-                strides, dilation = 1, dilation * 2
-            stride_so_far *= strides
+        stages = zip(self.stage_sizes, self.plan, strict=True)
+        for i, (size, (strides, first_dilation, dilation)) in enumerate(stages):
             for j in range(size):
                 x = block(
                     self.block,
