@@ -96,6 +96,7 @@ FIELDS: dict[str, dict[str, Field]] = {
         "transforms": Field(
             (),
             'applied to training images, in this order, as in ("crop(padding=4)", "flip")',
+            "traced",  # the floats among the arguments; the rest shapes the program
             plugin="augment",
         ),
     },
@@ -403,7 +404,10 @@ def program(config: ConfigDict) -> str:
     static: dict[str, Any] = {}
     for key, value in flatten(config).items():
         field = SEED if key == "seed" else _field(config, key, "program")
-        if field.role == "static":
+        if field.plugin == "augment":
+            calls = [registry.call("augment", text) for text in value]
+            static[key] = [[made.plugin.name, made.static] for made in calls]
+        elif field.role == "static":
             static[key] = value
         elif isinstance(value, tuple):
             static[key] = len(value)

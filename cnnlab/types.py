@@ -36,11 +36,16 @@ class Batch:
         images: [B, H, W, C] float32 in [0, 1].
         labels: [B] int32 class numbers, or [B, K] float32 class probabilities (soft labels).
         weights: [B] float32; 0 marks padding.
+        masks: [B, H, W] int32 class number of each pixel, or None.
+        boxes: [B, N, 4] float32 (top, left, bottom, right) in pixels from the image's corner, so
+            that the whole image is (0, 0, H, W); or None.
     """
 
     images: jax.Array
     labels: jax.Array
     weights: jax.Array
+    masks: jax.Array | None = None
+    boxes: jax.Array | None = None
 
 
 @struct.dataclass

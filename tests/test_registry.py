@@ -19,10 +19,18 @@ def test_an_unknown_name_gets_the_nearest():
 
 
 def test_a_call_in_text_gives_all_parameters():
-    plugin, arguments = registry.call("augment", "crop(padding=2)")
-    assert (plugin.name, arguments) == ("crop", {"padding": 2})
-    assert registry.call("augment", "flip")[1] == {"probability": 0.5}
-    assert registry.call("augment", "flip(probability=1)")[1] == {"probability": 1}
+    call = registry.call("augment", "crop(padding=2)")
+    assert (call.plugin.name, call.arguments) == ("crop", {"padding": 2})
+    assert registry.call("augment", "flip").arguments == {"probability": 0.5}
+    assert registry.call("augment", "flip(probability=1)").arguments == {"probability": 1}
+
+
+def test_floats_are_numbers_that_may_be_traced_and_the_rest_is_static():
+    call = registry.call("augment", "crop(padding=2, probability=0.3)")
+    assert call.static == {"padding": 2, "probability": 1}
+    assert call.numbers == [0.3]
+    assert call.bound(iter([7.0])) == {"padding": 2, "probability": 7.0}
+    assert registry.call("augment", "crop(padding=2)").numbers == []
 
 
 @pytest.mark.parametrize(
@@ -34,6 +42,9 @@ def test_a_call_in_text_gives_all_parameters():
         ("crop(pading=3)", "did you mean 'padding'"),
         ("crop(padding='3')", "expected int, got '3'"),
         ("crop(padding=True)", "expected int, got True"),
+        ("crop(padding=0)", "padding: expected a number of at least 1, got 0"),
+        ("flip(probability=1.5)", "probability: expected a number of 0 to 1, got 1.5"),
+        ("crop(probability=-1)", "probability: expected a number of 0 to 1, got -1"),
         ("crops", "did you mean 'crop'"),
         ("__import__('os')", "expected a name with keyword arguments"),
     ],

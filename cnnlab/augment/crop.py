@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
-from cnnlab.types import Batch, CnnlabError
+from cnnlab.registry import Range
+from cnnlab.types import Batch
 
 
-def apply(key: jax.Array, example: Batch, *, padding: int = 4) -> Batch:
+def apply(key: jax.Array, example: Batch, *, padding: Annotated[int, Range(1)] = 4) -> Batch:
     """Shifts the image by up to `padding` pixels a direction, uniformly, zeros moving in.
 
     Args:
         key: a typed key.
         example: `images` [H, W, C].
         padding: pixels, at least 1.
-
-    Raises:
-        CnnlabError: the padding is out of range.
     """
-    if padding < 1:
-        raise CnnlabError(f"crop: padding: expected at least 1 pixel, got {padding}")
     image = example.images
     offset = jax.random.randint(key, (2,), 0, 2 * padding + 1)
     padded = jnp.pad(image, ((padding, padding), (padding, padding), (0, 0)))

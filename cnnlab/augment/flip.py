@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
-from cnnlab.types import Batch, CnnlabError
+from cnnlab.registry import Range
+from cnnlab.types import Batch
 
 
-def apply(key: jax.Array, example: Batch, *, probability: float = 0.5) -> Batch:
+def apply(
+    key: jax.Array, example: Batch, *, probability: Annotated[float, Range(0, 1)] = 0.5
+) -> Batch:
     """Mirrors the image left to right.
 
     Args:
         key: a typed key.
         example: `images` [H, W, C].
         probability: of mirroring, 0 to 1.
-
-    Raises:
-        CnnlabError: the probability is out of range.
     """
-    if not 0 <= probability <= 1:
-        raise CnnlabError(f"flip: probability: expected 0 to 1, got {probability}")
     image = example.images
     mirror = jax.random.bernoulli(key, probability)
     return dataclasses.replace(example, images=jnp.where(mirror, image[:, ::-1], image))

@@ -13,6 +13,7 @@ import optax
 from ml_collections import ConfigDict
 
 from cnnlab import config as config_lib
+from cnnlab import registry
 from cnnlab.types import CnnlabError, Hyper, PyTree
 
 
@@ -32,6 +33,9 @@ def hyper(config: ConfigDict, *, examples: int) -> Hyper:
         for name, field in fields.items():
             if field.role == "traced":
                 value = config[section][name]
+                if field.plugin == "augment":
+                    calls = [registry.call("augment", text) for text in value]
+                    value = [number for made in calls for number in made.numbers]
                 if field.duration:
                     duration = config_lib.Duration.parse(value)
                     value = duration.steps(batch_size=batch_size, examples=examples)

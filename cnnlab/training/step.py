@@ -120,7 +120,8 @@ def make_program(config: ConfigDict, info: DatasetInfo) -> Program:
     ) -> tuple[TrainState, jax.Array]:
         program.traces += 1
         batch = Batch(pixels(images, indices), labels[indices], jnp.ones(len(indices)))
-        batch = transform(keys.key(seed, "augment", state.step), batch)
+        numbers = hyper["augment.transforms"]
+        batch = transform(keys.key(seed, "augment", state.step), batch, numbers)
         decay = optim.aux_decay(config.task.aux_schedule, state.step, hyper)
         scheduled = Hyper(hyper.values | {"task.aux_weight": hyper["task.aux_weight"] * decay})
 
