@@ -135,6 +135,14 @@ def _parser() -> argparse.ArgumentParser:
     table.add_argument(
         "--without", nargs="+", default=[], metavar="NAME", help="leave out a benchmark's contender"
     )
+    table.add_argument(
+        "--together",
+        type=int,
+        default=1,
+        metavar="N",
+        help="train up to N runs of one program at once (0: all), which suits an accelerator; "
+        "scores equal those of single runs up to rounding",
+    )
     table.add_argument("--wandb", metavar="PROJECT", help="also log to Weights & Biases")
 
     train = add("train", _train, "train one run of a config file")
@@ -347,6 +355,7 @@ def _table(options: argparse.Namespace, changes: dict[str, str]) -> int:
                     progress=progress,
                     track=_tracker(options),
                     should_stop=stop,
+                    together=options.together,
                 )
         except loop.Interrupted:
             return _complain(
@@ -417,14 +426,9 @@ def _train(options: argparse.Namespace, changes: dict[str, str]) -> int:
     folder = options.folder or options.runs / this.folder
     try:
         with _Stop(console) as stop, LiveProgress(console, [this], folder.parent) as progress:
-            record = run.train(
-                config,
-                folder,
-                row=this.row,
-                programs=Programs(),
-                callbacks=trackers.merge(progress.begin(this), _tracker(options)(this)),
-                should_stop=stop,
-            )
+            callbacks = trackers.merge(progress.begin(this), _tracker(options)(this))
+            job = run.Job(config, folder, this.row, callbacks)
+            (record,) = run.train([job], programs=Programs(), should_stop=stop)
     except loop.Interrupted:
         return _complain("interrupted; the same command goes on where it was", 128 + stop.signal)
     results.show_scores(console, record, folder)

@@ -193,7 +193,8 @@ def batch(case: Case) -> tuple[np.ndarray, np.ndarray]:
     """Images [B, H, W, C] in [0, 1] and labels [B]."""
     rng = np.random.default_rng(0)
     count = int(case.get("batch", BATCH))
-    return rng.random((count, *case["input"]), np.float32), rng.integers(CLASSES, size=count)
+    classes = int(case.get("classes", CLASSES))
+    return rng.random((count, *case["input"]), np.float32), rng.integers(classes, size=count)
 
 
 def values(shapes: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
@@ -254,7 +255,8 @@ def published_kernels(case: Case) -> dict[str, np.ndarray]:
     """Name -> kernel, in the order of the published names."""
     from cnnlab import pretrained
 
-    found = pretrained.entries(case["model"], num_outputs=CLASSES, **fields_of(case))
+    classes = int(case.get("classes", CLASSES))
+    found = pretrained.entries(case["model"], num_outputs=classes, **fields_of(case))
     kernels = sorted((e for e in found if e.path[-1] == "kernel"), key=lambda e: e.name)
     return {"/".join(e.path[1:]): e.read(named_value(e.name, e.published_shape)) for e in kernels}
 
@@ -454,6 +456,19 @@ def plain(case: Case) -> Workload | None:
 # ------------------------------------------------------------------------------------ PyTorch
 
 
+def fill_timm(model: Any) -> None:
+    """Gives timm's network the same numbers by their published names."""
+    import torch  # type: ignore[import-not-found,unused-ignore]
+
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.copy_(torch.from_numpy(named_value(name, parameter.shape)))
+            else:
+                last = name.rpartition(".")[2]
+                parameter.fill_(FILLS.get({"weight": "scale"}.get(last, last), 0.0))
+
+
 def pytorch(case: Case) -> Workload | None:
     import torch  # type: ignore[import-not-found,unused-ignore]
     from torch import nn
@@ -555,14 +570,8 @@ def pytorch(case: Case) -> Workload | None:
         import timm  # type: ignore[import-not-found,unused-ignore]
 
         model = timm.create_model(case["timm"], num_classes=CLASSES)
+        fill_timm(model)
         named = dict(model.named_parameters())
-        with torch.no_grad():
-            for name, parameter in named.items():
-                if parameter.ndim > 1:
-                    parameter.copy_(torch.from_numpy(named_value(name, parameter.shape)))
-                else:
-                    last = name.rpartition(".")[2]
-                    parameter.fill_(FILLS.get({"weight": "scale"}.get(last, last), 0.0))
         return model, [named[name] for name in sorted(named) if named[name].ndim > 1]
 
     model, weights = from_timm() if "timm" in case else from_layers()

@@ -23,6 +23,12 @@ from cnnlab.ops.conv_algorithms import Face, Spec
 MAX_UNROLLED = 8
 """A stack of up to this many convolutions is compiled one by one on CPU, a longer one as a loop."""
 
+SIDE_BY_SIDE = 160
+"""On a GPU, a stack of convolutions of few channels is done as dense ones of up to so many.
+
+Ten of ResNet-20's in bfloat16 on an H100 make a training step of 7.3 ms, 64 channels 7.4, and
+XLA's grouped convolutions 15.8; in float32 12.8 (at 64) and 16.9."""
+
 _primitive = Primitive("cnnlab_conv")
 
 
@@ -49,6 +55,16 @@ def _abstract(a: Any, b: Any, *, face: Face, spec: Spec, stacked: bool) -> Any:
 def _native(a: jax.Array, b: jax.Array, *, face: Face, spec: Spec, stacked: bool) -> jax.Array:
     one = functools.partial(algorithms.native, face, spec=spec)
     return jax.vmap(one)(a, b) if stacked else one(a, b)
+
+
+def _cuda(a: jax.Array, b: jax.Array, *, face: Face, spec: Spec, stacked: bool) -> jax.Array:
+    if stacked and spec.groups == 1:
+        widest = max(algorithms.channels(face, a.shape, b.shape))
+        together = min(SIDE_BY_SIDE // widest, len(a))
+        if together > 1:
+            parts = -(-len(a) // together)  # about equally large
+            return algorithms.stacked(face, a, b, spec, together=-(-len(a) // parts))
+    return _native(a, b, face=face, spec=spec, stacked=stacked)
 
 
 def _cpu(a: jax.Array, b: jax.Array, *, face: Face, spec: Spec, stacked: bool) -> jax.Array:
@@ -141,4 +157,7 @@ _primitive.def_abstract_eval(_abstract)
 ad.defbilinear(_primitive, _transpose_a, _transpose_b)
 batching.primitive_batchers[_primitive] = _batch
 mlir.register_lowering(_primitive, mlir.lower_fun(_native, multiple_results=False))
-mlir.register_lowering(_primitive, mlir.lower_fun(_cpu, multiple_results=False), platform="cpu")
+for _platform, _rule in (("cpu", _cpu), ("cuda", _cuda)):
+    mlir.register_lowering(
+        _primitive, mlir.lower_fun(_rule, multiple_results=False), platform=_platform
+    )

@@ -57,6 +57,7 @@ def execute(
     progress: Progress,
     track: Callable[[Run], loop.Callbacks] = lambda _: {},
     should_stop: Callable[[], bool] = lambda: False,
+    together: int = 1,
 ) -> list[dict[str, Any]]:
     """Brings all runs to their end and returns their records, in the order of `runs`.
 
@@ -71,6 +72,8 @@ def execute(
         progress: told of begins and ends.
         track: more callbacks for a run; see `cnnlab.training.trackers`.
         should_stop: see `loop.fit`.
+        together: how many runs of a cohort are trained at once, as one program; 0: all. They equal
+            their solo runs up to float rounding.
 
     Raises:
         CnnlabError: something does not fit.
@@ -90,17 +93,27 @@ def execute(
         for run in cohort:
             _check(run, programs, first=run is cohort[0])
     for cohort in waiting.values():
+        by_identity: dict[str, Run] = {}
         for run in cohort:
-            if run.identity not in records:
-                records[run.identity] = run_lib.train(
+            by_identity.setdefault(run.identity, run)
+        new = list(by_identity.values())
+        for start in range(0, len(new), together or len(new)):
+            group = new[start : start + (together or len(new))]
+            jobs = [
+                run_lib.Job(
                     run.config,
                     runs_folder / run.folder,
-                    row=run.row,
-                    programs=programs,
-                    callbacks=trackers.merge(progress.begin(run), track(run)),
-                    should_stop=should_stop,
+                    run.row,
+                    trackers.merge(progress.begin(run), track(run)),
                 )
-            progress.end(run, records[run.identity])
+                for run in group
+            ]
+            results = run_lib.train(jobs, programs=programs, should_stop=should_stop)
+            for run, result in zip(group, results, strict=True):
+                records[run.identity] = result
+                for same in cohort:
+                    if same.identity == run.identity:
+                        progress.end(same, result)
     return [records[run.identity] | {"row": run.row} for run in runs]
 
 

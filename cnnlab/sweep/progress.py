@@ -52,7 +52,7 @@ class LiveProgress:
             transient=True,
         )
         self._all = self._bars.add_task("all runs", total=len(runs), state="")
-        self._task: TaskID | None = None
+        self._tasks: dict[str, TaskID] = {}
         self._trained = 0
 
     def __enter__(self) -> LiveProgress:
@@ -66,7 +66,7 @@ class LiveProgress:
         """Shows a run's bar and returns the callbacks that move it."""
         name = f"{run.row}, seed {run.seed}"
         task = self._bars.add_task(name, total=None, state="compiling")
-        self._task = task
+        self._tasks[run.identity] = task
         first: list[tuple[int, float]] = []
         shown = [0.0]
 
@@ -94,10 +94,10 @@ class LiveProgress:
         if run.identity in self._left:
             self._left.remove(run.identity)
         self._bars.update(self._all, advance=1)
-        if self._task is None:
+        task = self._tasks.pop(run.identity, None)
+        if task is None:
             return
-        self._bars.remove_task(self._task)
-        self._task = None
+        self._bars.remove_task(task)
         self._trained += 1
         seconds = result["cost"]["seconds"]
         self._seconds.setdefault(run.row, []).append(seconds)
@@ -122,7 +122,7 @@ class LiveProgress:
         total = left + sum(
             known.get(self._rows[identity], mean)
             for identity in self._left
-            if identity != run.identity
+            if identity not in self._tasks
         )
         self._bars.update(self._all, state=f"about {_clock(total)} left")
 

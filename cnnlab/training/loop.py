@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -37,14 +38,19 @@ class Event:
         steps: updates in all.
         metrics: of this event: `loss` at `step`; the new line at `log`; the validation scores at
             `eval`; empty elsewhere.
-        state: the training state; its buffers live until the callback returns.
+        read_state: gives the training state; its buffers live until the callback returns.
     """
 
     name: str
     step: int
     steps: int
     metrics: Mapping[str, float]
-    state: TrainState
+    read_state: Callable[[], TrainState]
+
+    @property
+    def state(self) -> TrainState:
+        """The training state."""
+        return self.read_state()
 
 
 Callbacks = Mapping[str, Sequence[Callable[[Event], None]]]
@@ -64,7 +70,8 @@ class Note:
         best: the best monitored value so far, and
         best_step: the step that had it.
         waited: evaluations since then.
-        seconds: training time so far.
+        seconds: training time so far; of runs trained together each has its share.
+        together: how many runs were trained together, at most.
         code: the code and JAX versions that trained it, in order.
         data: fingerprint of the training split.
     """
@@ -74,6 +81,7 @@ class Note:
     best_step: int | None = None
     waited: int = 0
     seconds: float = 0.0
+    together: int = 1
     code: list[str] = dataclasses.field(default_factory=list)
     data: str = ""
 
@@ -94,12 +102,23 @@ class Outcome:
     diverged_step: int | None
 
 
-class _Diverged(Exception):  # noqa: N818 - no error
-    """Carries the step out of the loop."""
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """A run as the loop sees it.
 
-    def __init__(self, step: int) -> None:
-        super().__init__(step)
-        self.step = step
+    Attributes:
+        config: its resolved config.
+        stream: which of its examples come when, and which are held out.
+        folder: takes its log lines.
+        checkpoints: of this run.
+        callbacks: called on its events.
+    """
+
+    config: ConfigDict
+    stream: Stream
+    folder: RunFolder
+    checkpoints: Checkpoints
+    callbacks: Callbacks
 
 
 def due(step: int, every: config_lib.Duration, *, batch_size: int, examples: int) -> bool:
@@ -120,158 +139,249 @@ def scored(state: TrainState) -> tuple[PyTree, PyTree]:
     return state.ema["params"], state.ema["batch_stats"]
 
 
+def rhythm(config: ConfigDict, stream: Stream, checkpoints: Checkpoints) -> tuple[object, ...]:
+    """What runs trained together must have in common: where they are, and when what is due."""
+    due_every = (f"train.{name}_every" for name in ("log", "eval", "checkpoint"))
+    return (
+        checkpoints.steps[-1] if checkpoints.steps else 0,
+        len(stream.train),
+        config_lib.parse_duration(config, "train.duration").steps(
+            batch_size=config.train.batch_size, examples=len(stream.train)
+        ),
+        *(config_lib.parse_duration(config, key) for key in due_every),
+    )
+
+
 def fit(
-    config: ConfigDict,
+    members: Sequence[Member],
     program: Program,
     split: Split,
-    stream: Stream,
-    folder: RunFolder,
-    checkpoints: Checkpoints,
     *,
-    callbacks: Callbacks,
     should_stop: Callable[[], bool],
-) -> Outcome:
-    """Trains from the latest checkpoint, or from the start, to the end.
+) -> list[Outcome]:
+    """Trains runs from their latest checkpoint, or from the start, to the end, step by step.
+
+    Several runs are trained as one program over a leading axis; what becomes of one (it diverges,
+    it stops early) does not concern the others.
 
     Args:
-        config: the run's resolved config.
+        members: the runs: of one program and, where they are several, of one `rhythm`.
         program: the compiled functions.
         split: the training split.
-        stream: which of its examples come when, and which are held out.
-        folder: takes the log lines.
-        checkpoints: of this run.
-        callbacks: called on events.
-        should_stop: asked after each update; when true, the run is checkpointed and left.
+        should_stop: asked after each update; when true, the runs are checkpointed and left.
 
     Raises:
         Interrupted: `should_stop` said so.
-        CnnlabError: the data are not those that the run began with.
+        CnnlabError: the data are not those that a run began with.
+        ValueError: the runs differ in rhythm.
     """
-    hyper = optim.hyper(config, examples=len(stream.train))
-    seed = jnp.int32(config.seed)
-    steps = int(hyper["train.steps"])
-    state, note = program.init(config.seed, hyper), Note()
-    if checkpoints.steps:
-        state, saved = checkpoints.restore(state, checkpoints.steps[-1])
-        note = Note(**saved)
-        if note.data != split.fingerprint:
-            raise CnnlabError(
-                f"{folder.path}: the training images of {split.info.name} are not those that this "
-                "run began with; restore them, or remove the folder to begin anew"
-            )
-    note.data = split.fingerprint
-    if (version := record.version_text()) not in note.code:
-        note.code.append(version)
-    step = int(state.step)
-    folder.rewind(step)
-    sizes = {"batch_size": config.train.batch_size, "examples": len(stream.train)}
+    first = members[0]
+    rhythms = {rhythm(m.config, m.stream, m.checkpoints) for m in members}
+    if len(rhythms) > 1:
+        raise ValueError(f"runs trained together must be due together, got {rhythms}")
+    tracks = [_Track(member, program, split, len(members)) for member in members]
+    step, steps = tracks[0].step, tracks[0].steps
+    sizes = {"batch_size": first.config.train.batch_size, "examples": len(first.stream.train)}
     periods = {
-        name: config_lib.parse_duration(config, f"train.{name}_every")
+        name: config_lib.parse_duration(first.config, f"train.{name}_every")
         for name in ("log", "eval", "checkpoint")
     }
+    together = len(members) > 1
+    if together:
+        state = program.stack([track.initial for track in tracks])
+        hyper = jax.tree.map(lambda *x: jnp.stack(x), *(track.hyper for track in tracks))
+        seed = jnp.array([member.config.seed for member in members], jnp.int32)
+        train_step = program.train_together
+    else:
+        state, hyper = tracks[0].initial, tracks[0].hyper
+        seed, train_step = jnp.int32(first.config.seed), program.train_step
+    for track in tracks:
+        del track.initial  # the update takes its buffers
 
-    def emit(name: str, metrics: Mapping[str, float] | None = None) -> None:
-        for callback in callbacks.get(name, ()):
-            callback(Event(name, step, steps, metrics or {}, state))
+    def state_of(index: int) -> TrainState:
+        return program.member(state, index) if together else state
 
     def update(state: TrainState, step: int) -> tuple[TrainState, jax.Array]:
-        indices = stream.batch(step)
-        return program.train_step(state, split.images, split.labels, indices, seed, hyper)
+        batches = [member.stream.batch(step) for member in members]
+        indices = np.stack(batches) if together else batches[0]
+        return train_step(state, split.images, split.labels, indices, seed, hyper)
 
-    if not program.metric_names:  # The first update compiles: a throw-away one, off the clock.
-        jax.block_until_ready(update(program.init(config.seed, hyper), 0))
+    if not program.has_run(len(members)):  # The first update compiles: off the clock, thrown away.
+        jax.block_until_ready(update(jax.tree.map(jnp.copy, state), 0))
     unread: collections.deque[tuple[int, jax.Array]] = collections.deque()
-    loss = math.nan
 
     def read(leave: int) -> None:
         """Adds up the metrics of all but the newest `leave` updates."""
-        nonlocal loss
         while len(unread) > leave:
             number, packed = unread.popleft()
-            for name, (total, count) in zip(
-                program.metric_names, np.asarray(packed, np.float64), strict=True
-            ):
-                sums = note.sums.setdefault(name, [0.0, 0.0])
-                if name == "learning_rate":  # the latest, not a mean
-                    sums[:] = total, count
-                else:
-                    sums[:] = sums[0] + total, sums[1] + count
-                if name == "loss":
-                    loss = total / count
-                    if not math.isfinite(loss):
-                        raise _Diverged(number)
+            values = np.asarray(packed, np.float64)
+            for track, row in zip(tracks, values if together else values[None], strict=True):
+                track.add(number, row)
 
-    def evaluate() -> dict[str, float]:
+    def end(index: int) -> None:
+        track = tracks[index]
+        track.outcome = Outcome(state_of(index), track.note, track.diverged)
+        track.emit("end", step, lambda: state_of(index))
+
+    for index, track in enumerate(tracks):
+        track.emit("start", step, functools.partial(state_of, index))
+        if track.stopped_early:
+            end(index)
+    started = time.perf_counter()
+
+    def active() -> list[int]:
+        return [i for i, track in enumerate(tracks) if track.outcome is None]
+
+    while step < steps and active():
+        state, packed = update(state, step)
+        step += 1
+        unread.append((step, packed))
+        read(leave=LAG)
+        for index in active():
+            tracks[index].emit("step", step, functools.partial(state_of, index))
+        last = step == steps
+        happens = {name: last or due(step, every, **sizes) for name, every in periods.items()}
+        stopping = should_stop()
+        lost = any(tracks[i].diverged is not None for i in active())
+        if not (stopping or lost or any(happens.values())):
+            continue
+        read(leave=0)
+        jax.block_until_ready(state)
+        share = (time.perf_counter() - started) / len(members)
+        for index in active():
+            track = tracks[index]
+            track.note.seconds += share
+            if track.diverged is None:
+                track.pause(step, happens, stopping, functools.partial(state_of, index))
+            if track.diverged is not None or last or track.stopped_early:
+                end(index)
+        if stopping and active():
+            for index in active():
+                tracks[index].member.checkpoints.wait()
+                tracks[index].emit("stop", step, functools.partial(state_of, index))
+            raise Interrupted
+        started = time.perf_counter()
+    for index in active():  # was at its end already
+        end(index)
+    for member in members:
+        member.checkpoints.wait()
+    return [track.outcome for track in tracks if track.outcome is not None]
+
+
+class _Track:
+    """One run's side of the loop: its bookkeeping, log lines, evaluations and checkpoints."""
+
+    def __init__(self, member: Member, program: Program, split: Split, members: int) -> None:
+        self.member, self.program, self.split = member, program, split
+        config = member.config
+        self.hyper = optim.hyper(config, examples=len(member.stream.train))
+        self.steps = int(self.hyper["train.steps"])
+        self.initial, self.note = program.init(config.seed, self.hyper), Note()
+        checkpoints = member.checkpoints
+        if checkpoints.steps:
+            self.initial, saved = checkpoints.restore(self.initial, checkpoints.steps[-1])
+            self.note = Note(**saved)
+            if self.note.data != split.fingerprint:
+                raise CnnlabError(
+                    f"{member.folder.path}: the training images of {split.info.name} are not those "
+                    "that this run began with; restore them, or remove the folder to begin anew"
+                )
+        self.note.data = split.fingerprint
+        self.note.together = max(self.note.together, members)
+        if (version := record.version_text()) not in self.note.code:
+            self.note.code.append(version)
+        self.step = int(self.initial.step)
+        self.saved = self.step if checkpoints.steps else None
+        member.folder.rewind(self.step)
+        self.loss = math.nan
+        self.diverged: int | None = None
+        self.outcome: Outcome | None = None
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether the run has waited long enough for a better evaluation."""
+        return 0 < self.member.config.train.patience <= self.note.waited
+
+    def emit(
+        self,
+        name: str,
+        step: int,
+        state: Callable[[], TrainState],
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        """Calls those who wait for this event."""
+        if name == "step":
+            metrics = {"loss": self.loss}
+        for callback in self.member.callbacks.get(name, ()):
+            callback(Event(name, step, self.steps, metrics or {}, state))
+
+    def add(self, number: int, row: np.ndarray) -> None:
+        """Takes the (sum, count) pairs of update `number`, unless the run has ended."""
+        if self.diverged is not None or self.outcome is not None:
+            return
+        for name, (total, count) in zip(self.program.metric_names, row, strict=True):
+            sums = self.note.sums.setdefault(name, [0.0, 0.0])
+            if name == "learning_rate":  # the latest, not a mean
+                sums[:] = total, count
+            else:
+                sums[:] = sums[0] + total, sums[1] + count
+            if name == "loss":
+                self.loss = total / count
+                if not math.isfinite(self.loss):
+                    self.diverged = number
+                    return
+
+    def pause(
+        self,
+        step: int,
+        happens: Mapping[str, bool],
+        stopping: bool,
+        state_of: Callable[[], TrainState],
+    ) -> None:
+        """Evaluates, logs and saves what is due after `step`; the clock stands still."""
+        config = self.member.config
+        state = state_of()
+        improved, validation = False, {}
+        if happens["eval"] and len(self.member.stream.validation):
+            validation = self._evaluate(state)
+            if self.diverged is not None:
+                self.diverged = step
+                return
+            improved = _judge(self.note, validation, config.train.monitor, step)
+            self.emit("eval", step, state_of, validation)
+        if happens["log"] or validation:
+            self._log(step, validation, state_of)
+        best = improved and config.train.keep == "best"
+        if happens["checkpoint"] or stopping or best or self.stopped_early:
+            monitored = self.note.best if best else None
+            self.member.checkpoints.save(state, dataclasses.asdict(self.note), monitored)
+            self.saved = step
+            self.emit("checkpoint", step, state_of)
+
+    def _evaluate(self, state: TrainState) -> dict[str, float]:
         params, batch_stats = scored(state)
+        positions = self.member.stream.validation
         logits = scores.predict(
-            lambda positions: program.logits(params, batch_stats, split.images, positions),
-            stream.validation,
-            config.eval.batch_size,
+            lambda taken: self.program.logits(params, batch_stats, self.split.images, taken),
+            positions,
+            self.member.config.eval.batch_size,
         )
         if not np.isfinite(logits).all():
-            raise _Diverged(step)
-        return scores.summary(logits, split.examples.labels[stream.validation])
+            self.diverged = 0  # the caller knows the step
+            return {}
+        return scores.summary(logits, self.split.examples.labels[positions])
 
-    def log(validation: dict[str, float]) -> None:
-        row = {"step": step, "epoch": step * sizes["batch_size"] / sizes["examples"]}
-        for name, (total, count) in note.sums.items():
+    def _log(
+        self, step: int, validation: Mapping[str, float], state_of: Callable[[], TrainState]
+    ) -> None:
+        config, stream = self.member.config, self.member.stream
+        row = {"step": step, "epoch": step * config.train.batch_size / len(stream.train)}
+        for name, (total, count) in self.note.sums.items():
             row[name if name == "learning_rate" else f"train/{name}"] = float(total / count)
         row |= {f"validation/{name}": value for name, value in validation.items()}
-        note.sums.clear()
-        folder.log(row, note.seconds)
-        emit("log", row)
-
-    emit("start")
-    improved, saved_step = False, step if checkpoints.steps else None
-    started: float | None = time.perf_counter()
-
-    def stop_clock() -> None:
-        nonlocal started
-        if started is not None:
-            note.seconds += time.perf_counter() - started
-        started = None
-
-    try:
-        while step < steps and not 0 < config.train.patience <= note.waited:
-            state, packed = update(state, step)
-            step += 1
-            unread.append((step, packed))
-            read(leave=LAG)
-            emit("step", {"loss": loss})
-            last = step == steps
-            happens = {name: last or due(step, every, **sizes) for name, every in periods.items()}
-            stopping = should_stop()
-            if not (stopping or any(happens.values())):
-                continue
-            read(leave=0)
-            jax.block_until_ready(state)
-            stop_clock()
-            improved, validation = False, {}
-            if happens["eval"] and len(stream.validation):
-                validation = evaluate()
-                improved = _judge(note, validation, config.train.monitor, step)
-                emit("eval", validation)
-            if happens["log"] or validation:
-                log(validation)
-            best = improved and config.train.keep == "best"
-            if happens["checkpoint"] or stopping or best:
-                checkpoints.save(state, dataclasses.asdict(note), note.best if best else None)
-                saved_step = step
-                emit("checkpoint")
-            if stopping and not last:
-                checkpoints.wait()
-                emit("stop")
-                raise Interrupted
-            started = time.perf_counter()
-        if saved_step != step:
-            checkpoints.save(state, dataclasses.asdict(note), None)
-    except _Diverged as divergence:
-        stop_clock()
-        emit("end")
-        return Outcome(state, note, divergence.step)
-    checkpoints.wait()
-    emit("end")
-    return Outcome(state, note, None)
+        self.note.sums.clear()
+        self.member.folder.log(row, self.note.seconds)
+        self.emit("log", step, state_of, row)
 
 
 def _judge(note: Note, validation: Mapping[str, float], monitor: str, step: int) -> bool:

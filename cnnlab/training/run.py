@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,58 +47,76 @@ def steps_of(config: ConfigDict, split: pipeline.Split) -> int:
     )
 
 
-def train(
-    config: ConfigDict,
-    path: Path,
-    *,
-    row: str,
-    programs: Programs,
-    callbacks: loop.Callbacks | None = None,
-    should_stop: Callable[[], bool] = lambda: False,
-) -> dict[str, Any]:
-    """Brings one run to its end, from wherever it was left, and returns its record.
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A run to be done.
 
-    A finished run is not touched. A run whose loss stops being finite ends there, with the status
-    `diverged`.
-
-    Args:
+    Attributes:
         config: a resolved config.
         path: the run's folder.
         row: what the run is called in a table.
-        programs: shared by the runs of this process.
         callbacks: see `loop.Event`.
+    """
+
+    config: ConfigDict
+    path: Path
+    row: str
+    callbacks: loop.Callbacks = dataclasses.field(default_factory=dict)
+
+
+def train(
+    jobs: Sequence[Job],
+    *,
+    programs: Programs,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> list[dict[str, Any]]:
+    """Brings runs to their end, from wherever they were left, and returns their records.
+
+    A finished run is not touched. A run whose loss stops being finite ends there, with the status
+    `diverged`. Several jobs are trained together, as one program, as far as they are in one
+    `loop.rhythm`; they must share one compiled program (`config.program`).
+
+    Args:
+        jobs: what to do.
+        programs: shared by the runs of this process.
         should_stop: see `loop.fit`.
 
     Raises:
-        CnnlabError: the folder is another run's, or something does not fit.
-        loop.Interrupted: `should_stop` said so; the run goes on at the next call.
+        CnnlabError: a folder is another run's, or something does not fit.
+        loop.Interrupted: `should_stop` said so; the runs go on at the next call.
     """
     record.code_version()  # before anything can change the sources on disk
-    with record.RunFolder(path, config) as folder:
-        finished = record.read_result(path)
-        if finished is not None:
-            return finished
-        split = load_split(config, "train")
-        stream = make_stream(config, split)
-        program = programs.get(config, split.info, config_lib.program(config))
-        with _checkpoints(config, folder) as checkpoints:
-            outcome = loop.fit(
-                config,
-                program,
-                split,
-                stream,
-                folder,
-                checkpoints,
-                callbacks=callbacks or {},
-                should_stop=should_stop,
+    results: dict[Path, dict[str, Any]] = {}
+    with contextlib.ExitStack() as stack:
+        members: dict[Path, loop.Member] = {}
+        waves: dict[tuple[object, ...], list[Job]] = {}
+        for job in jobs:
+            folder = stack.enter_context(record.RunFolder(job.path, job.config))
+            finished = record.read_result(job.path)
+            if finished is not None:
+                results[job.path] = finished
+                continue
+            stream = make_stream(job.config, load_split(job.config, "train"))
+            checkpoints = stack.enter_context(_checkpoints(job.config, folder))
+            member = loop.Member(job.config, stream, folder, checkpoints, job.callbacks)
+            members[job.path] = member
+            waves.setdefault(loop.rhythm(job.config, stream, checkpoints), []).append(job)
+        for wave in waves.values():
+            config = wave[0].config
+            split = load_split(config, "train")
+            program = programs.get(config, split.info, config_lib.program(config))
+            outcomes = loop.fit(
+                [members[job.path] for job in wave], program, split, should_stop=should_stop
             )
-            state = outcome.state
-            best_step = outcome.note.best_step
-            if outcome.diverged_step is None and config.train.keep == "best" and best_step:
-                state, _ = checkpoints.restore(state, best_step)
-        result = _result(config, row, program, split, stream, folder, outcome, state)
-        folder.finish(result)
-        return result
+            for job, outcome in zip(wave, outcomes, strict=True):
+                member = members[job.path]
+                state, best_step = outcome.state, outcome.note.best_step
+                if outcome.diverged_step is None and job.config.train.keep == "best" and best_step:
+                    state, _ = member.checkpoints.restore(state, best_step)
+                result = _result(job, program, split, member, outcome, state)
+                member.folder.finish(result)
+                results[job.path] = result
+    return [results[job.path] for job in jobs]
 
 
 def restore(path: Path, programs: Programs) -> tuple[ConfigDict, Program, TrainState, str]:
@@ -159,23 +179,21 @@ def _checkpoints(config: ConfigDict, folder: record.RunFolder) -> Checkpoints:
 
 
 def _result(
-    config: ConfigDict,
-    row: str,
+    job: Job,
     program: Program,
     split: pipeline.Split,
-    stream: pipeline.Stream,
-    folder: record.RunFolder,
+    member: loop.Member,
     outcome: loop.Outcome,
     state: TrainState,
 ) -> dict[str, Any]:
     """Scores the final state and gathers the record; see `cnnlab.record` for the fields."""
-    info = split.info
+    config, stream, folder, info = job.config, member.stream, member.folder, split.info
     parameters, macs = _costs(config_lib.program(config), program.module, info.image_shape)
     steps = outcome.diverged_step or int(outcome.state.step)
     examples = steps * config.train.batch_size
     result: dict[str, Any] = {
         "schema": record.SCHEMA,
-        "row": row,
+        "row": job.row,
         "seed": config.seed,
         "identity": config_lib.identity(config),
         "config": config_lib.plain(config),
@@ -188,6 +206,7 @@ def _result(
             "macs": macs,
             "seconds": outcome.note.seconds,
             "images_per_second": examples / outcome.note.seconds if outcome.note.seconds else 0.0,
+            "together": outcome.note.together,
             "steps": steps,
             "examples": examples,
         },

@@ -7,7 +7,7 @@ is an argument, so one compilation serves them all.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -36,18 +36,33 @@ class Program:
             [N, H, W, C] uint8 and `labels` [N] the whole training split, `indices` [B] int32 the
             batch, metrics [M, 2] float32 the (sum, count) of each of `metric_names`. Donates
             `state`.
+        train_together: the same for several runs: state, indices, seed, hyper and metrics have a
+            leading axis.
+        stack: states -> one state with a leading axis.
+        member: (that state, index) -> the state of one.
         logits: (params, batch_stats, images, indices) -> [E, K] float32, in evaluation mode.
         metric_names: the rows of the metrics of `train_step`; known once it has been traced.
         traces: how often `train_step` has been traced; 1 however many runs share the program.
+        compiled: of how many runs at once there are compiled updates.
     """
 
     module: nn.Module
     mesh: Mesh
     init: Callable[[int, Hyper], TrainState]
     train_step: Callable[..., tuple[TrainState, jax.Array]]
+    train_together: Callable[..., tuple[TrainState, jax.Array]]
+    stack: Callable[[Sequence[TrainState]], TrainState]
+    member: Callable[[TrainState, int], TrainState]
     logits: Callable[..., jax.Array]
     metric_names: tuple[str, ...] = ()
     traces: int = 0
+    compiled: set[int] = dataclasses.field(default_factory=set)
+
+    def has_run(self, members: int) -> bool:
+        """Whether an update of so many runs was made before; from now on it counts as made."""
+        known = members in self.compiled
+        self.compiled.add(members)
+        return known
 
 
 def make_program(config: ConfigDict, info: DatasetInfo) -> Program:
@@ -171,6 +186,18 @@ def make_program(config: ConfigDict, info: DatasetInfo) -> Program:
         mesh=mesh,
         init=init,
         train_step=backend.jit(train_step, donate_argnums=0, out_shardings=everywhere),
+        train_together=backend.jit(
+            jax.vmap(train_step, in_axes=(0, None, None, 0, 0, 0)),
+            donate_argnums=0,
+            out_shardings=everywhere,
+        ),
+        stack=jax.jit(
+            lambda states: jax.tree.map(lambda *x: jnp.stack(x), *states), out_shardings=everywhere
+        ),
+        member=jax.jit(
+            lambda states, index: jax.tree.map(lambda x: x[index], states),
+            out_shardings=everywhere,
+        ),
         logits=backend.jit(logits, out_shardings=everywhere),
     )
     return program

@@ -40,8 +40,9 @@ def recipe(**changes):
     return config.resolve(config.override(made, changes, "t"), "t")
 
 
-def train(made, folder, **kwargs):
-    return run.train(made, folder, row="r", programs=PROGRAMS, **kwargs)
+def train(made, folder, *, callbacks=None, **kwargs):
+    job = run.Job(made, folder, "r", callbacks or {})
+    return run.train([job], programs=PROGRAMS, **kwargs)[0]
 
 
 def stop_after(count):
