@@ -78,6 +78,13 @@ FIELDS: dict[str, dict[str, Field]] = {
         "label_smoothing": Field(
             0.0, "probability spread evenly over all classes", "traced", low=0.0, high=0.9
         ),
+        "consistency": Field(
+            0.0,
+            "weight of AugMix's consistency loss (12 in the paper), for which `augmix` must be "
+            "the last transform; 0: none",
+            "traced",
+            low=0.0,
+        ),
         "aux_weight": Field(
             (0.3,),
             "weight of the auxiliary losses: one for all heads, or one a head",
@@ -98,6 +105,12 @@ FIELDS: dict[str, dict[str, Field]] = {
             'applied to training images, in this order, as in ("crop(padding=4)", "flip")',
             "traced",  # the floats among the arguments; the rest shapes the program
             plugin="augment",
+        ),
+        "repeats": Field(
+            1,
+            "how often each training image comes in a row, differently transformed",
+            "host",
+            low=1,
         ),
     },
     "optim": {
@@ -326,6 +339,12 @@ def resolve(config: ConfigDict, where: str) -> ConfigDict:
             f"{where}: task.aux_weight: expected one weight, or one for each of the "
             f"{len(heads)} auxiliary heads {heads}, got {tuple(weights)}"
         )
+    calls = [registry.call("augment", text) for text in resolved.augment.transforms]
+    if resolved.task.consistency > 0 and [c.plugin.name for c in calls[-1:]] != ["augmix"]:
+        raise CnnlabError(
+            f"{where}: task.consistency compares two draws of augmix, so expected it as the last "
+            f"of augment.transforms, got {tuple(resolved.augment.transforms)}"
+        )
     if resolved.optim.schedule == "one_cycle" and parse_duration(resolved, "optim.warmup").count:
         raise CnnlabError(
             f"{where}: optim.warmup: schedule one_cycle has a rise of its own (optim.rise), so "
@@ -411,7 +430,7 @@ def program(config: ConfigDict) -> str:
             static[key] = value
         elif isinstance(value, tuple):
             static[key] = len(value)
-        elif key in ("optim.clip_norm", "optim.ema_decay"):
+        elif key in ("optim.clip_norm", "optim.ema_decay", "task.consistency"):
             static[key] = value > 0
     return json.dumps(static, sort_keys=True)
 

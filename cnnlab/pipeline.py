@@ -76,15 +76,20 @@ class Stream:
         train: [n] int32, positions in the split that are trained on.
         validation: [v] int32, positions held out, ascending.
         batch_size: examples a step.
+        repeats: how often an example comes in a row (Hoffer et al. 2020, "Augment your batch").
     """
 
     seed: int
     train: np.ndarray
     validation: np.ndarray
     batch_size: int
+    repeats: int = 1
+    _orders: dict[int, np.ndarray] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     @classmethod
-    def make(cls, *, seed: int, size: int, validation: float, batch_size: int) -> Stream:
+    def make(
+        cls, *, seed: int, size: int, validation: float, batch_size: int, repeats: int = 1
+    ) -> Stream:
         """Cuts the held-out part from `size` examples by seed.
 
         Args:
@@ -92,6 +97,7 @@ class Stream:
             size: examples of the whole training split.
             validation: part of them held out, 0 to 0.5.
             batch_size: examples a step.
+            repeats: how often an example comes in a row.
 
         Raises:
             CnnlabError: less than one batch is left to train on, or a part held out is so small
@@ -109,17 +115,25 @@ class Stream:
                 f"train.batch_size: expected at most the {size - held_out} training examples, got "
                 f"{batch_size}"
             )
-        return cls(seed, np.sort(order[held_out:]), np.sort(order[:held_out]), batch_size)
+        train, validation_part = np.sort(order[held_out:]), np.sort(order[:held_out])
+        return cls(seed, train, validation_part, batch_size, repeats)
 
-    @functools.lru_cache(maxsize=4)  # noqa: B019 - one stream a run, four epochs at most
     def epoch(self, number: int) -> np.ndarray:
         """The training positions in the order of one epoch, [n] int32."""
-        key = keys.key(self.seed, "shuffle", number)
-        return self.train[np.asarray(jax.random.permutation(key, len(self.train)))]
+        if number not in self._orders:
+            key = keys.key(self.seed, "shuffle", number)
+            order = self.train[np.asarray(jax.random.permutation(key, len(self.train)))]
+            # A batch spans two epochs at most. Each stream keeps its own: many may run at once.
+            for old in [n for n in self._orders if abs(n - number) > 1]:
+                del self._orders[old]
+            self._orders[number] = order
+        return self._orders[number]
 
     def batch(self, step: int) -> np.ndarray:
         """The positions of the examples of one step, [B] int32."""
-        epoch, start = divmod(step * self.batch_size, len(self.train))
-        taken = self.epoch(epoch)[start : start + self.batch_size]
-        missing = self.batch_size - len(taken)
-        return np.concatenate([taken, self.epoch(epoch + 1)[:missing]]) if missing else taken
+        seen = (np.arange(self.batch_size) + step * self.batch_size) // self.repeats
+        epochs, places = np.divmod(seen, len(self.train))
+        first, last = int(epochs[0]), int(epochs[-1])
+        if first == last:
+            return self.epoch(first)[places]
+        return np.where(epochs == first, self.epoch(first)[places], self.epoch(last)[places])

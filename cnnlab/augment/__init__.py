@@ -12,7 +12,7 @@ takes `probability`, that of being applied to an example at all.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,13 @@ from cnnlab.types import Batch, CnnlabError
 
 
 class Transform(Protocol):
-    """What `compose` makes."""
+    """What `compose` makes.
+
+    Attributes:
+        count: how many `numbers` it takes.
+    """
+
+    count: int
 
     def __call__(self, key: jax.Array, batch: Batch, numbers: jax.Array | None = None) -> Batch:
         """The batch with all transforms applied; `numbers` None takes those of the config."""
@@ -59,7 +65,14 @@ def compose(transforms: tuple[str, ...]) -> Transform:
             batch = _apply(step, position, key, batch, step.bound(rest))
         return batch
 
-    return apply
+    apply.count = len(own)  # type: ignore[attr-defined]
+    return cast(Transform, apply)
+
+
+def soft_labels(transforms: tuple[str, ...]) -> bool:
+    """Whether one of these transforms wants labels as probabilities, [B, K]."""
+    calls = (registry.call("augment", text) for text in transforms)
+    return any(getattr(call.plugin.module, "SOFT_LABELS", False) for call in calls)
 
 
 def _apply(

@@ -35,6 +35,21 @@ def loss(outputs: Outputs, batch: Batch, hyper: Hyper) -> jax.Array:
     return total
 
 
+def consistency(logits: jax.Array) -> jax.Array:
+    """The Jensen-Shannon divergence of what a model says of V views of each example; [B], nats.
+
+    Hendrycks et al. 2020, "AugMix", section 3: the mean over the views of the divergence of their
+    class probabilities from the mean of all.
+
+    Args:
+        logits: [V, B, K].
+    """
+    logs = jax.nn.log_softmax(logits.astype(jnp.float32))
+    # The logarithm of the mean, from logarithms: no probability underflows.
+    middle = jax.nn.logsumexp(logs, axis=0) - jnp.log(len(logits))
+    return (jnp.exp(logs) * (logs - middle[None])).sum(-1).mean(0)
+
+
 def metrics(outputs: Outputs, batch: Batch) -> Metrics:
     """`nll` and `top1` of the main head, and `aux<i>/nll`, `aux<i>/top1` of each auxiliary one."""
     targets = _probabilities(batch.labels, outputs.logits.shape[-1])

@@ -37,6 +37,7 @@ def make_stream(config: ConfigDict, split: pipeline.Split) -> pipeline.Stream:
         size=len(split),
         validation=config.data.validation,
         batch_size=config.train.batch_size,
+        repeats=config.augment.repeats,
     )
 
 

@@ -81,7 +81,11 @@ def make_program(config: ConfigDict, info: DatasetInfo) -> Program:
     task = registry.get("tasks", config.task.name).module
     fields = {key: value for key, value in config.model.items() if key != "name"}
     module = models.create(config.model.name, num_outputs=task.output_channels(info), **fields)
-    transform = augment.compose(tuple(config.augment.transforms))
+    transforms = tuple(config.augment.transforms)
+    transform, soft = augment.compose(transforms), augment.soft_labels(transforms)
+    consistent = config.task.consistency > 0
+    if consistent:  # the last one, augmix, makes the views
+        transform, mix = augment.compose(transforms[:-1]), augment.compose(transforms[-1:])
     mean, std = (np.asarray(x, np.float32) for x in (info.mean, info.std))
     everywhere, split = parallel.replicated(mesh), parallel.split_batch(mesh)
 
@@ -134,9 +138,22 @@ def make_program(config: ConfigDict, info: DatasetInfo) -> Program:
         hyper: Hyper,
     ) -> tuple[TrainState, jax.Array]:
         program.traces += 1
-        batch = Batch(pixels(images, indices), labels[indices], jnp.ones(len(indices)))
-        numbers = hyper["augment.transforms"]
-        batch = transform(keys.key(seed, "augment", state.step), batch, numbers)
+        targets = labels[indices]
+        if soft:
+            targets = jax.nn.one_hot(targets, info.num_classes)
+        batch = Batch(pixels(images, indices), targets, jnp.ones(len(indices)))
+        numbers, key = hyper["augment.transforms"], keys.key(seed, "augment", state.step)
+        if consistent:
+            shared = len(numbers) - mix.count
+            batch = transform(key, batch, numbers[:shared])
+            clean = batch.images
+            views = [
+                mix(keys.key(seed, f"view{i}", state.step), batch, numbers[shared:]).images
+                for i in range(2)
+            ]
+            batch = dataclasses.replace(batch, images=jnp.concatenate([clean, *views]))
+        else:
+            batch = transform(key, batch, numbers)
         decay = optim.aux_decay(config.task.aux_schedule, state.step, hyper)
         scheduled = Hyper(hyper.values | {"task.aux_weight": hyper["task.aux_weight"] * decay})
 
@@ -144,7 +161,12 @@ def make_program(config: ConfigDict, info: DatasetInfo) -> Program:
             outputs, batch_stats = forward(
                 params, state.batch_stats, batch, keys.key(seed, "dropout", state.step)
             )
-            losses = task.loss(outputs, batch, scheduled)
+            apart = 0.0
+            if consistent:
+                views = outputs.logits.reshape(3, len(indices), -1)
+                apart = hyper["task.consistency"] * task.consistency(views)
+                outputs = jax.tree.map(lambda x: x[: len(indices)], outputs)
+            losses = task.loss(outputs, batch, scheduled) + apart
             return (losses * batch.weights).sum() / batch.weights.sum(), (outputs, batch_stats)
 
         (loss, (outputs, batch_stats)), gradients = jax.value_and_grad(objective, has_aux=True)(
