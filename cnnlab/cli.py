@@ -356,6 +356,7 @@ def _table(options: argparse.Namespace, changes: dict[str, str]) -> int:
                     track=_tracker(options),
                     should_stop=stop,
                     together=options.together,
+                    extras=loaded.extras,
                 )
         except loop.Interrupted:
             return _complain(

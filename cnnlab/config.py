@@ -46,6 +46,8 @@ class Field:
         duration: whether it is a duration such as `"10 epochs"`.
         element: the type of each element of a tuple.
         scalar: whether a tuple may also be given as a single number.
+        neutral: the default does what runs did before there was the setting; saved configs and
+            identities leave it out then, so that earlier runs stay what they are.
     """
 
     default: Any
@@ -59,6 +61,7 @@ class Field:
     duration: bool = False
     element: type = str
     scalar: bool = False
+    neutral: bool = False
 
 
 FIELDS: dict[str, dict[str, Field]] = {
@@ -84,6 +87,7 @@ FIELDS: dict[str, dict[str, Field]] = {
             "the last transform; 0: none",
             "traced",
             low=0.0,
+            neutral=True,
         ),
         "aux_weight": Field(
             (0.3,),
@@ -108,9 +112,10 @@ FIELDS: dict[str, dict[str, Field]] = {
         ),
         "repeats": Field(
             1,
-            "how often each training image comes in a row, differently transformed",
+            "how often an image comes in a row, each time transformed anew",
             "host",
             low=1,
+            neutral=True,
         ),
     },
     "optim": {
@@ -378,7 +383,12 @@ def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def plain(config: Mapping[str, Any]) -> dict[str, Any]:
     """Nested dicts of JSON values: what `config.json` holds."""
-    return typing.cast(dict[str, Any], json.loads(json.dumps(_nested(config), sort_keys=True)))
+    nested = _nested(config)
+    for section, fields in FIELDS.items():
+        for name, field in fields.items():
+            if field.neutral and nested.get(section, {}).get(name) == field.default:
+                del nested[section][name]
+    return typing.cast(dict[str, Any], json.loads(json.dumps(nested, sort_keys=True)))
 
 
 def from_plain(nested: Mapping[str, Any]) -> ConfigDict:

@@ -51,6 +51,7 @@ class Column:
         predictions: the key in the record's `predictions` whose accuracy (or error) the column
             shows in percent; such a column is tested against the baseline.
         of_model: known before training, so a diverged run has it too.
+        extra: the score that a run measures for it after training, `""` where every run has it.
     """
 
     header: str
@@ -60,6 +61,7 @@ class Column:
     unit: str
     predictions: str | None = None
     of_model: bool = False
+    extra: str = ""
 
 
 def compact(value: float) -> str:
@@ -99,6 +101,15 @@ COLUMNS: dict[str, Column] = {
     ),
     "top5": _percent_column("Top-5 (%)", "top5"),
     "validation_top1": _percent_column("Validation top-1 (%)", "top1", "validation"),
+    "corrupted": Column(
+        "Corrupted top-1 (%)",
+        _score("corrupted", "top1"),
+        _percent,
+        True,
+        "%",
+        extra="corrupted",
+    ),
+    "mce": Column("mCE (%)", _score("corrupted", "mce"), _percent, False, "%", extra="corrupted"),
     "nll": Column("NLL (nats)", _score("test", "nll", 1.0), "{:.4f}".format, False, "nats"),
     "ece": _percent_column("ECE (%)", "ece", better=False),
     "precision": _percent_column("Precision, macro (%)", "precision_macro"),
@@ -150,6 +161,7 @@ class TableSpec:
         varied: dotted config keys in which rows may differ. A key covers all below it: `model`
             covers `model.depth`.
         command: what makes the table again; printed below it.
+        notes: what else to say below it.
     """
 
     name: str
@@ -163,6 +175,7 @@ class TableSpec:
     test: Literal["auto", "bootstrap", "mcnemar"] = "auto"
     varied: tuple[str, ...] = ()
     command: str = ""
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Checks that every name is known and stands once."""
@@ -580,6 +593,7 @@ def _notes(
         of = "" if set(names) == {r["row"] for r in everything} else f" ({_listed(names)})"
         yield f"Test set: {examples}{of}."
     yield from _test_notes(spec, rows)
+    yield from spec.notes
     missing = [f"{row.name} {_seeds(row.missing)}" for row in rows if row.missing]
     if missing:
         yield f"Missing: {'; '.join(missing)} (not run)."

@@ -58,6 +58,7 @@ def execute(
     track: Callable[[Run], loop.Callbacks] = lambda _: {},
     should_stop: Callable[[], bool] = lambda: False,
     together: int = 1,
+    extras: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Brings all runs to their end and returns their records, in the order of `runs`.
 
@@ -74,6 +75,7 @@ def execute(
         should_stop: see `loop.fit`.
         together: how many runs of a cohort are trained at once, as one program; 0: all. They equal
             their solo runs up to float rounding.
+        extras: scores to measure after training, of `run.EXTRAS`.
 
     Raises:
         CnnlabError: something does not fit.
@@ -114,6 +116,11 @@ def execute(
                 for same in cohort:
                     if same.identity == run.identity:
                         progress.end(same, result)
+    if extras:
+        for run in runs:
+            records[run.identity] = run_lib.extend(runs_folder / run.folder, extras, programs)
+            if should_stop():
+                raise loop.Interrupted
     return [records[run.identity] | {"row": run.row} for run in runs]
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from cnnlab import config as config_lib
+from cnnlab.evaluation import corruption
 from cnnlab.registry import did_you_mean
 from cnnlab.reporting import figures, tables
 from cnnlab.types import CnnlabError
@@ -108,12 +109,14 @@ class Loaded:
         spec: what the table needs.
         runs: all rows times all seeds, row by row.
         figures: which figures to draw.
+        extras: scores that its columns need beside those of every run.
     """
 
     name: str
     spec: tables.TableSpec
     runs: tuple[Run, ...]
     figures: tuple[str, ...]
+    extras: tuple[str, ...] = ()
 
 
 def load(path: Path) -> Loaded:
@@ -198,10 +201,19 @@ def expand(path: Path, module: Any, made: Any) -> Loaded:
             published_source=made.published_source,
             varied=_varied(runs),
             command=command(path),
+            notes=corruption.NOTES if {"corrupted", "mce"} & set(made.columns) else (),
         )
     except CnnlabError as error:
         raise CnnlabError(f"{path}: {error}") from error
-    return Loaded(path.stem, spec, tuple(runs), tuple(made.figures))
+    if "mce" in made.columns and not spec.baselines:
+        raise CnnlabError(
+            f"{path}: column 'mce' is relative to a baseline, but the table has none; give "
+            "baseline="
+        )
+    extras = dict.fromkeys(tables.column(name).extra for name in made.columns)
+    return Loaded(
+        path.stem, spec, tuple(runs), tuple(made.figures), tuple(name for name in extras if name)
+    )
 
 
 def select(loaded: Loaded, rows: Sequence[str], seeds: Sequence[int]) -> list[Run]:

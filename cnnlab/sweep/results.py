@@ -14,6 +14,7 @@ from rich.table import Table
 
 from cnnlab import config as config_lib
 from cnnlab import record
+from cnnlab.evaluation import corruption
 from cnnlab.reporting import figures, tables
 from cnnlab.sweep.executor import Plan
 from cnnlab.sweep.experiment import Loaded
@@ -32,6 +33,7 @@ def write(
     Raises:
         CnnlabError: the records can't stand in one table; then nothing is written.
     """
+    records = with_corruption_errors(loaded.spec, records)
     table = tables.build(loaded.spec, records)
     names = file_names(loaded)
     for result in records:
@@ -45,6 +47,35 @@ def write(
         images = _test_images(loaded, records) if "mistakes" in loaded.figures else None
         written += figures.write_all(loaded.spec, records, folder, images, which=loaded.figures)
     return table, written
+
+
+def with_corruption_errors(
+    spec: tables.TableSpec, records: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The records with their mean corruption error against their row's baseline.
+
+    The baseline's errors are the means over its seeds. Where the table asks for none, or the
+    baseline has not been run, the records stay as they are.
+    """
+    if "mce" not in spec.columns:
+        return list(records)
+    errors: dict[str, list[dict[str, list[float]]]] = {}
+    for result in records:
+        if "corrupted" in result["scores"]:
+            errors.setdefault(result["row"], []).append(result["scores"]["corrupted"]["errors"])
+    found = []
+    for result in records:
+        baseline = spec.baseline_of(result["row"])
+        if baseline in errors and "corrupted" in result["scores"]:
+            mean = {
+                name: np.mean([one[name] for one in errors[baseline]], 0).tolist()
+                for name in errors[baseline][0]
+            }
+            own = result["scores"]["corrupted"]
+            own = own | {"mce": corruption.mean_corruption_error(own["errors"], mean)}
+            result = result | {"scores": result["scores"] | {"corrupted": own}}
+        found.append(result)
+    return found
 
 
 def read(loaded: Loaded, folder: Path, *, skip_others: bool = False) -> list[dict[str, Any]]:
@@ -65,7 +96,7 @@ def read(loaded: Loaded, folder: Path, *, skip_others: bool = False) -> list[dic
         if not file.exists():
             continue
         result = record.read_json(file)
-        if result["identity"] != run.identity:
+        if run.identity not in (result["identity"], _identity_now(result["config"])):
             if skip_others:
                 continue
             different = config_lib.differences(
@@ -79,6 +110,18 @@ def read(loaded: Loaded, folder: Path, *, skip_others: bool = False) -> list[dic
     if not found and not skip_others:
         raise CnnlabError(f"{folder}/runs holds no results yet; train without --render")
     return found
+
+
+def _identity_now(config: Mapping[str, Any]) -> str | None:
+    """The identity of a saved config as a config of today: what it does not name has its default.
+
+    Returns:
+        `None` where today's code does not know a setting of it.
+    """
+    try:
+        return config_lib.identity(config_lib.resolve(config_lib.from_plain(config), "a record"))
+    except CnnlabError:
+        return None
 
 
 def show(console: Console, table: tables.Table | tables.Grid) -> None:

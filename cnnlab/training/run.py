@@ -10,13 +10,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from cnnlab import config as config_lib
 from cnnlab import describe, encoding, parallel, pipeline, record
 from cnnlab.checkpoint import Checkpoints
-from cnnlab.evaluation import scores
+from cnnlab.evaluation import corruption, scores
 from cnnlab.training import loop, optim
 from cnnlab.training.step import Program, Programs
 from cnnlab.types import CnnlabError, TrainState
@@ -118,6 +119,64 @@ def train(
                 member.folder.finish(result)
                 results[job.path] = result
     return [results[job.path] for job in jobs]
+
+
+def extend(path: Path, wanted: Sequence[str], programs: Programs) -> dict[str, Any]:
+    """The record of a finished run with these scores, too; each is measured once and kept.
+
+    Args:
+        path: the run's folder.
+        wanted: names in `EXTRAS`.
+        programs: shared.
+
+    Raises:
+        CnnlabError: the run is not finished, or has no checkpoint any more.
+    """
+    result = record.read_result(path)
+    if result is None:
+        raise CnnlabError(f"{path} is not finished; train the run first")
+    for name in wanted:
+        if result["status"] != "done" or name in result["scores"]:
+            continue
+        config, program, state, _ = restore(path, programs)
+        with record.RunFolder(path, config) as folder:
+            result = result | {
+                "scores": result["scores"] | {name: EXTRAS[name](config, program, state)}
+            }
+            folder.finish(result)
+    return result
+
+
+def _corrupted(config: ConfigDict, program: Program, state: TrainState) -> dict[str, Any]:
+    """Top-1 errors of the test split, corrupted in fifteen ways of five severities.
+
+    Returns:
+        `errors`: corruption -> five fractions; `top1`: the mean accuracy over all 75.
+    """
+    split = load_split(config, "test")
+    params, batch_stats = loop.scored(state)
+    positions, labels = np.arange(len(split), dtype=np.int32), split.examples.labels
+    errors: dict[str, list[float]] = {}
+    for name in corruption.CORRUPTIONS:
+        errors[name] = []
+        for severity in corruption.SEVERITIES:
+            images = jax.device_put(
+                corruption.cached(split.examples.images, split.fingerprint, name, severity),
+                parallel.replicated(program.mesh),
+            )
+            logits = scores.predict(
+                functools.partial(program.logits, params, batch_stats, images),
+                positions,
+                config.eval.batch_size,
+            )
+            errors[name].append(float((logits.argmax(1) != labels).mean()))
+    return {"errors": errors, "top1": 1 - float(np.mean(list(errors.values())))}
+
+
+EXTRAS: dict[str, Callable[[ConfigDict, Program, TrainState], dict[str, Any]]] = {
+    "corrupted": _corrupted
+}
+"""Scores that are measured where a table asks for them, after training: name -> function."""
 
 
 def restore(path: Path, programs: Programs) -> tuple[ConfigDict, Program, TrainState, str]:
