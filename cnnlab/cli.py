@@ -151,6 +151,13 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--folder", type=Path, metavar="DIR", help="instead of one under --runs")
     train.epilog = "Any setting: --config.SECTION.KEY=VALUE, as in --config.optim.learning_rate=0.3"
 
+    show = add("show", _show, "draw what training sees: images before and after their transforms")
+    show.add_argument("--config", type=Path, required=True, metavar="FILE[:ARG]")
+    show.add_argument("--output", type=Path, default=Path("show.png"), metavar="FILE")
+    show.add_argument("--images", type=int, default=8, metavar="N", help="rows; default 8")
+    show.add_argument("--epochs", type=int, default=6, metavar="N", help="columns; default 6")
+    show.epilog = train.epilog
+
     evaluate = add("eval", _eval, "score a trained run again")
     evaluate.add_argument("run", type=Path, help="a run's folder, or its name under --runs")
     evaluate.add_argument("--split", choices=("test", "train", "validation"), default="test")
@@ -222,7 +229,7 @@ def _changes(rest: Sequence[str], options: argparse.Namespace) -> dict[str, str]
     from cnnlab.types import CnnlabError
 
     prefixes: dict[Any, str] = {
-        _train: "--config.",
+        **dict.fromkeys((_train, _show), "--config."),
         **dict.fromkeys((_describe, _predict, _export), "--model."),
     }
     prefix = prefixes.get(getattr(options, "command", None))
@@ -433,6 +440,55 @@ def _train(options: argparse.Namespace, changes: dict[str, str]) -> int:
     except loop.Interrupted:
         return _complain("interrupted; the same command goes on where it was", 128 + stop.signal)
     results.show_scores(console, record, folder)
+    return 0
+
+
+def _show(options: argparse.Namespace, changes: dict[str, str]) -> int:
+    _start_jax()
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from cnnlab import augment, keys
+    from cnnlab import config as config_lib
+    from cnnlab.reporting import samples
+    from cnnlab.sweep import experiment
+    from cnnlab.training import run
+    from cnnlab.types import Batch, CnnlabError
+
+    name, _, argument = str(options.config).partition(":")
+    config = experiment.load_config(Path(name), argument)
+    config = config_lib.resolve(config_lib.override(config, changes, "command line"), name)
+    split = run.load_split(config, "train")
+    stream = run.make_stream(config, split)
+    for option in ("images", "epochs"):
+        if not 1 <= getattr(options, option) <= 64:
+            raise CnnlabError(f"--{option}: expected 1 to 64, got {getattr(options, option)}")
+    info, channels = split.info, split.info.image_shape[-1]
+    if channels not in (1, 3):
+        raise CnnlabError(f"{info.name} has images of {channels} channels; 1 or 3 can be drawn")
+    positions = stream.epoch(0)[: options.images]
+    images, labels = split.examples.images[positions], split.examples.labels[positions]
+    originals = jnp.asarray(images, jnp.float32) / 255
+    targets = jax.nn.one_hot(labels, info.num_classes)
+    transforms = tuple(config.augment.transforms)
+    given = targets if augment.soft_labels(transforms) else jnp.asarray(labels)
+    transform = jax.jit(augment.compose(transforms))
+    columns, chances = [np.asarray(originals)], [np.asarray(targets)]
+    for epoch in range(options.epochs):
+        step = epoch * len(stream.train) // config.train.batch_size
+        batch = Batch(originals, given, jnp.ones(len(positions)))
+        made = transform(keys.key(config.seed, "augment", step), batch)
+        columns.append(np.asarray(made.images))
+        chances.append(np.asarray(made.labels if made.labels.ndim == 2 else targets))
+    written = samples.sheet(
+        np.stack(columns),
+        [[samples.caption(one, info.class_names) for one in of_column] for of_column in chances],
+        ["as it is", *(f"epoch {epoch + 1}" for epoch in range(options.epochs))],
+        f"{info.name}: {', '.join(transforms) or 'no transforms'}",
+        options.output,
+    )
+    _console().print(f"wrote {written}", soft_wrap=True)
     return 0
 
 

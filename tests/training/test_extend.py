@@ -1,0 +1,58 @@
+"""Scores that are measured after training."""
+
+import json
+
+import numpy as np
+import pytest
+
+from cnnlab import config
+from cnnlab.evaluation import corruption
+from cnnlab.training import run
+from cnnlab.training.step import Programs
+from cnnlab.types import CnnlabError
+
+PROGRAMS = Programs()
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch):
+    # Two corruptions of one severity: all 75 take as long as they say.
+    monkeypatch.setattr(corruption, "CORRUPTIONS", ("brightness", "pixelate"))
+    monkeypatch.setattr(corruption, "SEVERITIES", (5,))
+    made = config.base(
+        model="simple_conv",
+        data="digits",
+        train={"duration": "30 steps", "batch_size": 32},
+        eval={"batch_size": 128},
+    )
+    made = config.override(made, {"model.widths": (8,), "model.hidden": 16}, "t")
+    path = tmp_path / "run"
+    run.train([run.Job(config.resolve(made, "t"), path, "r")], programs=PROGRAMS)
+    return path
+
+
+def test_corrupted_scores_are_those_of_the_corrupted_images_and_kept(trained, monkeypatch):
+    made = run.extend(trained, ["corrupted"], PROGRAMS)
+    assert json.loads((trained / "result.json").read_text()) == json.loads(json.dumps(made))
+    restored, program, state, _ = run.restore(trained, PROGRAMS)
+    split = run.load_split(restored, "test")
+    images = corruption.corrupt(split.examples.images, "pixelate", 5)
+    logits = program.logits(
+        state.params, state.batch_stats, images, np.arange(len(split), dtype=np.int32)
+    )
+    wrong = (np.asarray(logits).argmax(1) != split.examples.labels).mean()
+    found = made["scores"]["corrupted"]
+    assert found["errors"]["pixelate"] == [pytest.approx(wrong)]
+    assert found["errors"]["brightness"] != found["errors"]["pixelate"]
+    assert found["top1"] == pytest.approx(1 - np.mean(list(found["errors"].values())))
+
+    def fail(*_):
+        raise AssertionError("measured twice")
+
+    monkeypatch.setitem(run.EXTRAS, "corrupted", fail)
+    assert run.extend(trained, ["corrupted"], PROGRAMS) == made
+
+
+def test_an_unfinished_run_is_refused(tmp_path):
+    with pytest.raises(CnnlabError, match="not finished"):
+        run.extend(tmp_path, ["corrupted"], PROGRAMS)
