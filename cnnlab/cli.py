@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-LISTS = ("models", "data", "augment", "tasks", "configs", "experiments", "runs")
+LISTS = ("models", "data", "augment", "attacks", "tasks", "configs", "experiments", "runs")
 
 USER_ERROR = 2
 INTERRUPTED = 130

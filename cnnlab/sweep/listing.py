@@ -35,7 +35,9 @@ def show(console: Console, what: str, runs_folder: Path) -> None:
 def _plugins(console: Console, folder: str) -> None:
     table = Table("name", "about", "fields", title=folder, title_justify="left")
     for plugin in registry.plugins(folder).values():
-        about = (inspect.getdoc(plugin.module) or "").partition("\n")[0]
+        # Of a file with several plug-ins, each has a docstring of its own.
+        where = plugin.function if hasattr(plugin.module, "PLUGINS") else plugin.module
+        about = (inspect.getdoc(where) or "").partition("\n")[0]
         fields = ", ".join(f"{name}={value!r}" for name, value in plugin.parameters.items())
         table.add_row(plugin.name, about, fields)
     console.print(table)

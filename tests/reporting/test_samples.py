@@ -19,7 +19,8 @@ def test_the_sheet_shows_the_images_that_it_was_given(tmp_path):
     columns = np.zeros((2, 1, 4, 4, 1))
     columns[1] = 1
     path = samples.sheet(columns, [["a"], ["b"]], ["as it is", "epoch 1"], "t", tmp_path / "s.png")
-    grey = np.asarray(Image.open(path).convert("L"), float)
+    with Image.open(path) as image:
+        grey = np.asarray(image.convert("L"), float)
     width = grey.shape[1]
     dark = (grey < 8).mean(0)  # frames and letters are dark, too
     assert dark[: width // 2].mean() > 0.3
@@ -38,7 +39,8 @@ def test_show_writes_a_sheet_and_explains_what_it_cannot(tmp_path, capsys):
     target = tmp_path / "sheet.png"
     given = ["show", "--config", str(config), "--output", str(target)]
     assert cli.main([*given, "--images", "2", "--epochs", "2"]) == 0
-    assert Image.open(target).size[0] > 300
+    with Image.open(target) as image:
+        assert image.size[0] > 300
     assert "wrote" in capsys.readouterr().out
     assert cli.main([*given, "--epochs", "0"]) == 2
     assert "--epochs: expected 1 to 64, got 0" in capsys.readouterr().err
