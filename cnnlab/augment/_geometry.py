@@ -22,16 +22,11 @@ from cnnlab.types import CnnlabError
 
 Method = Literal["nearest", "bilinear", "bicubic"]
 Scalar = jax.Array | np.ndarray | float
-Numbers = tuple[jax.Array, jax.Array, jax.Array]
-Rows = tuple[Numbers, Numbers]
-"""A matrix as its six numbers, [...] each: what XLA fuses well, which [..., 2, 3] out of them is
-not (one affine warp an example then takes three times as long on CPU)."""
-Matrix = Rows | jax.Array
 Fill = jax.Array | np.ndarray | float | Sequence[float]
 
 
 def warp_levels(
-    levels: jax.Array, matrix: Matrix, *, method: Method, fill: Fill = 0.0
+    levels: jax.Array, matrix: jax.Array, *, method: Method, fill: Fill = 0.0
 ) -> jax.Array:
     """Pillow's `Image.transform(size, AFFINE, matrix, method, fillcolor=fill)`.
 
@@ -41,8 +36,8 @@ def warp_levels(
 
     Args:
         levels: [..., H, W, C] float32, whole numbers 0 to 255; H and W at most 4096.
-        matrix: [..., 2, 3] with the leading axes of the levels, or its `Rows`. It must not lead
-            further than 32,000 pixels away from the image.
+        matrix: [..., 2, 3] with the leading axes of the levels. It must not lead further than
+            32,000 pixels away from the image.
         method: the filter; `"bicubic"` is Keys' with a = -1.
         fill: level of what moves in; a number or [C].
 
@@ -59,12 +54,12 @@ def warp_levels(
     return _interpolate(levels, *points(matrix, size), method, fill)
 
 
-def warp_nearest(values: jax.Array, matrix: Matrix, *, fill: Fill = 0) -> jax.Array:
+def warp_nearest(values: jax.Array, matrix: jax.Array, *, fill: Fill = 0) -> jax.Array:
     """`warp_levels` by `"nearest"` of any dtype: label maps too.
 
     Args:
         values: [..., H, W, C].
-        matrix: [..., 2, 3] with the leading axes of the values, or its `Rows`.
+        matrix: [..., 2, 3] with the leading axes of the values.
         fill: what moves in; a number or [C].
 
     Returns:
@@ -218,10 +213,10 @@ def read(values: jax.Array, columns: jax.Array, rows: jax.Array, *, fill: Fill =
     return _filled(inside.reshape(found.shape), found, fill)
 
 
-def points(matrix: Matrix, size: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
+def points(matrix: jax.Array, size: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
     """Where the centres of the output pixels of (H, W) are read: x and y, each [..., H, W]."""
     across, down = np.arange(size[1]) + 0.5, np.arange(size[0]) + 0.5
-    x, y = (plane(a, b, c, across, down) for a, b, c in rows_of(matrix))
+    x, y = (plane(*_row(matrix, i), across, down) for i in range(2))
     return x, y
 
 
@@ -251,21 +246,21 @@ def plane(
     return ((c + a_high * across) + b_high * down) + (a_low * across + b_low * down)
 
 
-def nearest_pixels(matrix: Matrix, x: np.ndarray, y: np.ndarray) -> tuple[jax.Array, jax.Array]:
+def nearest_pixels(matrix: jax.Array, x: np.ndarray, y: np.ndarray) -> tuple[jax.Array, jax.Array]:
     """The pixels that Pillow's nearest takes for the output pixels of columns x and rows y.
 
     Pillow rounds the six numbers to multiples of 2**-16 pixel and steps by whole numbers, unless
     b and d are 0: then it takes them as they are.
 
     Args:
-        matrix: [..., 2, 3], or its `Rows`.
+        matrix: [..., 2, 3].
         x: [w] whole numbers.
         y: [h] whole numbers.
 
     Returns:
         Column and row, each [..., h, w] int32.
     """
-    (a, b, c), (d, e, f) = rows_of(matrix)
+    (a, b, c), (d, e, f) = _row(matrix, 0), _row(matrix, 1)
     straight = ((b == 0) & (d == 0))[..., None, None]
     across = x.astype(np.int32).reshape((1,) * a.ndim + (1, -1))
     down = y.astype(np.int32).reshape((1,) * a.ndim + (-1, 1))
@@ -299,12 +294,8 @@ def check(method: str) -> None:
         )
 
 
-def rows_of(matrix: Matrix) -> Rows:
-    """The six numbers."""
-    if isinstance(matrix, tuple):
-        return matrix
-    first, second = ((matrix[..., i, 0], matrix[..., i, 1], matrix[..., i, 2]) for i in range(2))
-    return first, second
+def _row(matrix: jax.Array, i: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    return matrix[..., i, 0], matrix[..., i, 1], matrix[..., i, 2]
 
 
 def _halves(value: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -407,7 +398,7 @@ def _cubic(taps: Sequence[jax.Array], t: jax.Array) -> jax.Array:
 def rotation(degrees: Scalar, size: tuple[int, int]) -> jax.Array:
     """The matrix [..., 2, 3] of `Image.rotate(degrees)`: counter-clockwise about the centre."""
     cosine, sine = _turn(degrees)
-    return _assemble(about_centre(((cosine, -sine), (sine, cosine)), size))
+    return about_centre(((cosine, -sine), (sine, cosine)), size)
 
 
 def shear_x(factor: Scalar) -> jax.Array:
@@ -435,8 +426,8 @@ def affine(
     scale: Scalar,
     shear: tuple[Scalar, Scalar],
     size: tuple[int, int],
-) -> Rows:
-    """The matrix of torchvision's `affine`, about the centre of (H, W).
+) -> jax.Array:
+    """The matrix [..., 2, 3] of torchvision's `affine`, about the centre of (H, W).
 
     Args:
         degrees: [...], clockwise.
@@ -459,8 +450,8 @@ def about_centre(
     linear: tuple[tuple[Scalar, Scalar], tuple[Scalar, Scalar]],
     size: tuple[int, int],
     shift: tuple[Scalar, Scalar] = (0.0, 0.0),
-) -> Rows:
-    """The matrix with this linear part that moves the centre of (H, W) by a shift.
+) -> jax.Array:
+    """The matrix [..., 2, 3] with this linear part that moves the centre of (H, W) by a shift.
 
     Args:
         linear: ((a, b), (d, e)), [...] each.
@@ -472,7 +463,7 @@ def about_centre(
     x, y = size[1] / 2, size[0] / 2
     at = (x + right)[..., None, None], (y + down)[..., None, None]
     c, f = (plane(-p, -q, n, *at)[..., 0, 0] for p, q, n in ((a, b, x), (d, e, y)))
-    return (a, b, c), (d, e, f)
+    return _assemble(((a, b, c), (d, e, f)))
 
 
 def homography(start: tuple[int, int], end: jax.Array) -> jax.Array:
@@ -507,19 +498,19 @@ def homography(start: tuple[int, int], end: jax.Array) -> jax.Array:
     return inverse / inverse[2, 2] * np.array([*start, 1.0], np.float32)[:, None]
 
 
-def warp_boxes(boxes: jax.Array, matrix: Matrix, size: tuple[int, int]) -> jax.Array:
+def warp_boxes(boxes: jax.Array, matrix: jax.Array, size: tuple[int, int]) -> jax.Array:
     """Boxes around the moved corners of boxes, clipped to the image.
 
     Args:
         boxes: [N, 4], (top, left, bottom, right) in pixels from the corner.
-        matrix: [2, 3] or its `Rows`, or [3, 3]; from output to input, invertible.
+        matrix: [2, 3] or [3, 3], from output to input, invertible.
         size: (H, W).
 
     Returns:
         [N, 4]; of no area where the box has left the image.
     """
-    last = (0.0, 0.0, 1.0) if isinstance(matrix, tuple) or len(matrix) == 2 else matrix[2]
-    m = (*rows_of(matrix), last)
+    last = (0.0, 0.0, 1.0) if len(matrix) == 2 else _row(matrix, 2)
+    m = (_row(matrix, 0), _row(matrix, 1), last)
 
     def minor(i: int, j: int) -> jax.Array:
         rows, columns = [k for k in range(3) if k != i], [k for k in range(3) if k != j]

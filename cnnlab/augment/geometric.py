@@ -365,7 +365,7 @@ def _leveled(function: Callable[..., jax.Array], images: jax.Array, *rest: Any) 
     return function(jnp.round(images * 255), *rest) / 255
 
 
-def _warped(example: Batch, matrix: _geometry.Matrix, method: str, fill: Any) -> Batch:
+def _warped(example: Batch, matrix: jax.Array, method: str, fill: Any) -> Batch:
     chosen, level = _method(method), jnp.round(jnp.asarray(fill) * 255)
     if chosen == "nearest":  # which moves values without computing any
         images = _geometry.warp_nearest(example.images, matrix, fill=level / 255)

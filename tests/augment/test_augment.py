@@ -16,7 +16,12 @@ def batch(count=16, size=12):
     return Batch(images, jnp.zeros(count, jnp.int32), jnp.ones(count))
 
 
-@pytest.mark.parametrize("name", registry.plugins("augment"))
+def mixes(name):
+    """Whether a transform is about pairs of examples: tests/augment/test_mixing.py has those."""
+    return getattr(registry.get("augment", name).module, "SOFT_LABELS", False)
+
+
+@pytest.mark.parametrize("name", [n for n in registry.plugins("augment") if not mixes(n)])
 def test_contract(name):
     transform = jax.jit(augment.compose((name,)))
     key, given = keys.key(0, "augment", 5), batch()
@@ -72,6 +77,34 @@ def test_transforms_apply_in_the_order_written_with_draws_of_their_own():
 def test_no_transform_leaves_the_batch_as_it_is():
     given = batch()
     assert augment.compose(())(keys.key(0, "a"), given) is given
+
+
+def test_numbers_are_traced_and_take_the_place_of_those_written():
+    given, key = batch(64), keys.key(0, "a")
+    transform = augment.compose(("flip(probability=0.0)", "crop(padding=2, probability=0.5)"))
+    assert transform.count == 2
+    traces = []
+
+    @jax.jit
+    def run(numbers):
+        traces.append(1)
+        return transform(key, given, numbers).images
+
+    assert np.array_equal(run(jnp.array([0.0, 0.0])), given.images)
+    flipped = augment.compose(("flip(probability=1.0)",))(key, given).images
+    assert np.array_equal(run(jnp.array([1.0, 0.0])), flipped)
+    written = augment.compose(("flip(probability=1.0)", "crop(padding=2, probability=0.5)"))
+    assert np.array_equal(run(jnp.array([1.0, 0.5])), jax.jit(written)(key, given).images)
+    assert len(traces) == 1
+    with pytest.raises(CnnlabError, match=r"expected numbers \(2,\), got \(3,\)"):
+        transform(key, given, jnp.zeros(3))
+
+
+def test_any_transform_can_be_left_to_chance():
+    given = batch(400)
+    made = augment.compose(("crop(padding=3, probability=0.25)",))(keys.key(0, "a"), given).images
+    changed = (np.asarray(made) != np.asarray(given.images)).any((1, 2, 3)).mean()
+    assert 0.16 < changed < 0.32  # of those chosen, one in 49 is not shifted
 
 
 @pytest.mark.parametrize("text", ["crop(padding=0)", "flip(probability=1.5)"])

@@ -118,6 +118,25 @@ def test_takes_a_step_with_finite_gradients_everywhere(name, train_once):
 
 
 @pytest.mark.parametrize("name", DISTINCT)
+def test_is_traced_once_however_often_it_is_called(name):
+    module, traces = create_small(name), []
+
+    @jax.jit
+    def statistics(variables):
+        traces.append(name)
+        moved = module.apply(
+            variables, IMAGES, train=True, rngs={"dropout": KEY}, mutable=["batch_stats"]
+        )[1]
+        return variables | dict(moved)
+
+    variables = jax.eval_shape(lambda: module.init(KEY, IMAGES, train=True))
+    # What a pass gives back (dtypes, weak types and all) is what the next one takes.
+    for _ in range(3):
+        variables = jax.eval_shape(statistics, variables)
+    assert traces == [name]
+
+
+@pytest.mark.parametrize("name", DISTINCT)
 def test_heads_at_each_feature_train_and_vanish(name):
     plain = create_small(name)
     shapes = jax.eval_shape(lambda: plain.init_with_output(KEY, IMAGES, train=False)[0].features)
