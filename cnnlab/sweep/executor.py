@@ -142,13 +142,17 @@ def _check(run: Run, programs: Programs, *, first: bool) -> None:
             return
         program = programs.get(config, split.info, config_lib.program(config))
         images = jax.ShapeDtypeStruct((1, *split.info.image_shape), jnp.float32)
+        transforms = tuple(config.augment.transforms)
+        labels = jax.ShapeDtypeStruct((1,), jnp.int32)
+        if augment.soft_labels(transforms):
+            labels = jax.ShapeDtypeStruct((1, split.info.num_classes), jnp.float32)
         example = Batch(
             images,  # type: ignore[arg-type]
-            jax.ShapeDtypeStruct((1,), jnp.int32),  # type: ignore[arg-type]
+            labels,  # type: ignore[arg-type]
             jax.ShapeDtypeStruct((1,), jnp.float32),  # type: ignore[arg-type]
         )
         key = jax.random.key(0)
-        jax.eval_shape(augment.compose(tuple(config.augment.transforms)), key, example)
+        jax.eval_shape(augment.compose(transforms), key, example)
         rngs = {"params": key, "dropout": key}
         jax.eval_shape(functools.partial(program.module.init, train=True), rngs, images)
     except CnnlabError as error:
