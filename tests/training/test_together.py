@@ -27,7 +27,8 @@ def job(folder, seed, **changes):
         eval={"batch_size": 128},
         augment={"transforms": ("crop(padding=1)", "random_erasing(probability=0.5)")},
     )
-    changes = {"model.widths": (8,), "model.hidden": 16, "model.norm": "batch", "seed": seed, **changes}
+    small = {"model.widths": (8,), "model.hidden": 16, "model.norm": "batch", "seed": seed}
+    changes = small | changes
     made = config.resolve(config.override(made, changes, "t"), "t")
     return run.Job(made, folder, f"seed {seed}")
 
