@@ -532,7 +532,7 @@ def augmix(
     op, value = arguments(space, drawn.choice, drawn.bins, 9, drawn.signs, size)
     if depth <= 0:
         lengths = 1 + (3 * drawn.spread[..., :1]).astype(jnp.int32)
-        op = jnp.where(jnp.arange(steps) < lengths, op, Op.IDENTITY)
+        op = jnp.where(jnp.arange(steps)[None, None] < lengths, op, Op.IDENTITY)
     weights, share = mixing_weights(drawn.rest, alpha, width)
     copies = jnp.repeat(batch.images, width, 0)
     op, value, cubic = (x.reshape(count * width, steps) for x in (op, value, drawn.cubic))
