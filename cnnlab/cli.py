@@ -163,6 +163,17 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--split", choices=("test", "train", "validation"), default="test")
     evaluate.add_argument("--json", action="store_true", help="all scores as JSON")
 
+    attack = add("attack", _attack, "the accuracy of a trained run under an attack")
+    attack.add_argument("run", type=Path, help="a run's folder, or its name under --runs")
+    attack.add_argument("--attack", required=True, metavar="NAME", help="`cnnlab list attacks`")
+    attack.add_argument("--eps", required=True, help="radius: 0.1, 8/255 or 8px (of 255)")
+    attack.add_argument("--norm", default="linf", help="linf (default), l2 or l1")
+    attack.add_argument("--steps", type=int, help="default: the attack's own")
+    attack.add_argument(
+        "--examples", type=int, default=1000, help="of the test split; default 1000"
+    )
+    attack.add_argument("--json", action="store_true")
+
     lists = add("list", _list, "list what there is")
     lists.add_argument("what", choices=LISTS)
     lists.add_argument(
@@ -492,6 +503,50 @@ def _show(options: argparse.Namespace, changes: dict[str, str]) -> int:
     return 0
 
 
+def _run_folder(options: argparse.Namespace) -> Path:
+    from cnnlab.types import CnnlabError
+
+    folder: Path = options.run if options.run.is_dir() else options.runs / options.run
+    if not folder.is_dir():
+        raise CnnlabError(f"no run {str(options.run)!r}; `cnnlab list runs` shows all")
+    return folder
+
+
+def _attack(options: argparse.Namespace, changes: dict[str, str]) -> int:
+    _start_jax()
+    import json
+
+    from cnnlab import attacks
+    from cnnlab.evaluation import robustness
+    from cnnlab.training import run
+    from cnnlab.training.step import Programs
+    from cnnlab.types import CnnlabError
+
+    if options.examples < 1:
+        raise CnnlabError(f"--examples: expected at least 1, got {options.examples}")
+    given = {"eps": attacks.strength(options.eps), "norm": options.norm}
+    if options.steps is not None:
+        given["steps"] = options.steps
+    text = f"{options.attack}({', '.join(f'{k}={v!r}' for k, v in given.items())})"
+    robustness.parse(text)
+    path = _run_folder(options)
+    name = f"{text}, first {options.examples}"
+    result = run.extend(path, [name], Programs())
+    if name not in result["scores"]:
+        raise CnnlabError(f"{path} diverged at step {result['diverged_step']}: nothing to attack")
+    found = {key: result["scores"][name][key] for key in ("clean", "top1")}
+    if options.json:
+        print(json.dumps({"attack": text, "examples": options.examples, **found}))
+    else:
+        _console().print(
+            f"{path.name}: {text}, {options.examples} examples: "
+            f"{100 * found['clean']:.2f} % clean, {100 * found['top1']:.2f} % under attack",
+            highlight=False,
+            soft_wrap=True,
+        )
+    return 0
+
+
 def _eval(options: argparse.Namespace, changes: dict[str, str]) -> int:
     _start_jax()
     import json
@@ -503,9 +558,7 @@ def _eval(options: argparse.Namespace, changes: dict[str, str]) -> int:
     from cnnlab.training.step import Programs
     from cnnlab.types import CnnlabError
 
-    folder = options.run if options.run.is_dir() else options.runs / options.run
-    if not folder.is_dir():
-        raise CnnlabError(f"no run {str(options.run)!r}; `cnnlab list runs` shows all")
+    folder = _run_folder(options)
     config, program, state, which = run.restore(folder, Programs())
     split = run.load_split(config, "test" if options.split == "test" else "train")
     stream = run.make_stream(config, run.load_split(config, "train"))

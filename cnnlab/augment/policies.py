@@ -306,9 +306,9 @@ def around(
     return jnp.clip(magnitude + std * noise, 0, greatest)
 
 
-def uniform(space: Space, count: int, probability: float = 1.0) -> tuple[Shares, ...]:
-    """The expected shares of `count` draws from a space."""
-    return ({entry.op: probability / len(space) for entry in space if entry.op},) * count
+def uniform(space: Space, probability: float = 1.0) -> Shares:
+    """The expected share of each operation of a space, of which one is applied so often."""
+    return {entry.op: probability / len(space) for entry in space if entry.op != Op.IDENTITY}
 
 
 def _size(batch: Batch) -> tuple[int, int]:
@@ -371,7 +371,7 @@ def randaugment(
     drawn = draw(key, len(batch.images), (num_ops,), choices=len(RANDAUGMENT))
     level = around(magnitude, magnitude_std, drawn, 30)
     op, value = arguments(RANDAUGMENT, drawn.choice, level, 30, drawn.signs, _size(batch))
-    shares = uniform(RANDAUGMENT, num_ops)
+    shares = [uniform(RANDAUGMENT)] * num_ops
     return _through(batch, op, value, shares, interpolation, drawn.cubic, fill)
 
 
@@ -413,8 +413,7 @@ def randaugment_timm(
     level = around(magnitude, magnitude_std, drawn, 10)
     op, value = arguments(space, drawn.choice, level, 10, drawn.signs, _size(batch))
     op = jnp.where(drawn.chance < op_probability, op, Op.IDENTITY)
-    # A traced probability is not known here; the blocks hold what it is by default at least.
-    shares = uniform(space, num_ops)
+    shares = [uniform(space)] * num_ops  # for any probability, which may be traced
     return _through(batch, op, value, shares, interpolation, drawn.cubic, fill)
 
 
@@ -445,7 +444,7 @@ def trivialaugment(
     count, size = len(batch.images), _size(batch)
     drawn = draw(key, count, (1,), choices=len(WIDE), bins=num_magnitude_bins)
     op, value = arguments(WIDE, drawn.choice, drawn.bins, top, drawn.signs, size)
-    return _through(batch, op, value, uniform(WIDE, 1), interpolation, drawn.cubic, fill)
+    return _through(batch, op, value, [uniform(WIDE)], interpolation, drawn.cubic, fill)
 
 
 def autoaugment(
@@ -536,7 +535,7 @@ def augmix(
     weights, share = mixing_weights(drawn.rest, alpha, width)
     copies = jnp.repeat(batch.images, width, 0)
     op, value, cubic = (x.reshape(count * width, steps) for x in (op, value, drawn.cubic))
-    shares = uniform(space, steps)
+    shares = [uniform(space, 1 if depth > 0 else (3 - i) / 3) for i in range(steps)]
     chains = _operations.chain(
         copies, op, value, shares, interpolation=interpolation, cubic=cubic, fill=fill
     ).reshape(count, width, *batch.images.shape[1:])

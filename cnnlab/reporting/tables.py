@@ -130,11 +130,22 @@ COLUMNS: dict[str, Column] = {
 
 
 def column(name: str) -> Column:
-    """The column of this name.
+    """The column of this name; `"pgd(eps=0.1), first 1000"` is the accuracy under an attack.
 
     Raises:
         CnnlabError: there is none; the message names the nearest ones.
     """
+    attack, several, examples = name.rpartition(", first ")
+    if several:
+        return Column(
+            f"{attack}, first {examples} (%)",
+            lambda record: 100 * record["scores"][name]["top1"],
+            _percent,
+            True,
+            "%",
+            predictions=name,
+            extra=name,
+        )
     if name not in COLUMNS:
         raise CnnlabError(
             f"unknown column {name!r}{did_you_mean(name, COLUMNS)}. Known: {', '.join(COLUMNS)}"
@@ -453,6 +464,8 @@ def correct(record: Record, predictions: str = "test") -> np.ndarray:
     Raises:
         CnnlabError: the record does not hold these predictions.
     """
+    if "robust" in record["scores"].get(predictions, {}):  # an attack
+        return decode_labels(record["scores"][predictions]["robust"]) == 1
     if predictions not in record["predictions"]:
         raise CnnlabError(
             f"{record['row']} seed {record['seed']} (run {record['identity']}) holds no "

@@ -15,7 +15,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from cnnlab import config as config_lib
-from cnnlab.evaluation import corruption
+from cnnlab.evaluation import corruption, robustness
 from cnnlab.registry import did_you_mean
 from cnnlab.reporting import figures, tables
 from cnnlab.types import CnnlabError
@@ -34,6 +34,8 @@ class Experiment:
         baseline: the row that the others are tested against, or `None`; several start a block of
             rows each.
         columns: what the table shows; names of `cnnlab.reporting.tables`.
+        attacks: one more column each, the accuracy under it: `"pgd(eps=0.1, steps=40)"`.
+        attack_examples: how many examples of the test split are attacked, the first.
         published: row -> column -> a published number, or (mean, std), in the unit of the column.
         published_source: the paper and table that they are from.
         figures: which figures to draw; names of `cnnlab.reporting.figures`.
@@ -46,6 +48,8 @@ class Experiment:
     columns: Sequence[str] = ("top1", "nll", "parameters", "macs", "seconds")
     published: Mapping[str, Mapping[str, Number]] = dataclasses.field(default_factory=dict)
     published_source: str = ""
+    attacks: Sequence[str] = ()
+    attack_examples: int = 1000
     figures: Sequence[str] = ("score_cost", "curves", "confusion", "mistakes")
 
     def __post_init__(self) -> None:
@@ -182,6 +186,16 @@ def expand(path: Path, module: Any, made: Any) -> Loaded:
             config = config_lib.override(made.base, {**changed, "seed": seed}, where)
             config = config_lib.resolve(config, where)
             runs.append(Run(row, seed, config, config_lib.identity(config)))
+    for attack in made.attacks:
+        try:
+            robustness.parse(attack)
+        except CnnlabError as error:
+            raise CnnlabError(f"{path}: attacks: {error}") from None
+    if made.attack_examples < 1:
+        raise CnnlabError(
+            f"{path}: attack_examples: expected at least 1, got {made.attack_examples}"
+        )
+    columns = (*made.columns, *(f"{a}, first {made.attack_examples}" for a in made.attacks))
     for column in made.columns:
         unvalidated = [run.row for run in runs if not run.config.data.validation]
         if column.startswith("validation_") and unvalidated:
@@ -195,7 +209,7 @@ def expand(path: Path, module: Any, made: Any) -> Loaded:
             title=title(module, path),
             rows=tuple(made.rows),
             seeds=seeds,
-            columns=tuple(made.columns),
+            columns=columns,
             baseline=made.baseline,
             published={row: dict(numbers) for row, numbers in made.published.items()},
             published_source=made.published_source,
@@ -210,7 +224,7 @@ def expand(path: Path, module: Any, made: Any) -> Loaded:
             f"{path}: column 'mce' is relative to a baseline, but the table has none; give "
             "baseline="
         )
-    extras = dict.fromkeys(tables.column(name).extra for name in made.columns)
+    extras = dict.fromkeys(tables.column(name).extra for name in columns)
     return Loaded(
         path.stem, spec, tuple(runs), tuple(made.figures), tuple(name for name in extras if name)
     )

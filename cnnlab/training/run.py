@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from cnnlab import config as config_lib
 from cnnlab import describe, encoding, parallel, pipeline, record
 from cnnlab.checkpoint import Checkpoints
-from cnnlab.evaluation import corruption, scores
+from cnnlab.evaluation import corruption, robustness, scores
 from cnnlab.training import loop, optim
 from cnnlab.training.step import Program, Programs
 from cnnlab.types import CnnlabError, TrainState
@@ -126,7 +126,7 @@ def extend(path: Path, wanted: Sequence[str], programs: Programs) -> dict[str, A
 
     Args:
         path: the run's folder.
-        wanted: names in `EXTRAS`.
+        wanted: names in `EXTRAS`, or attacks: `"pgd(eps=0.1), first 1000"`, of the test split.
         programs: shared.
 
     Raises:
@@ -141,7 +141,7 @@ def extend(path: Path, wanted: Sequence[str], programs: Programs) -> dict[str, A
         config, program, state, _ = restore(path, programs)
         with record.RunFolder(path, config) as folder:
             result = result | {
-                "scores": result["scores"] | {name: EXTRAS[name](config, program, state)}
+                "scores": result["scores"] | {name: _extra(name)(config, program, state)}
             }
             folder.finish(result)
     return result
@@ -171,6 +171,36 @@ def _corrupted(config: ConfigDict, program: Program, state: TrainState) -> dict[
             )
             errors[name].append(float((logits.argmax(1) != labels).mean()))
     return {"errors": errors, "top1": 1 - float(np.mean(list(errors.values())))}
+
+
+def _attacked(
+    text: str, examples: int, config: ConfigDict, program: Program, state: TrainState
+) -> dict[str, Any]:
+    """Accuracy on the first examples of the test split under an attack.
+
+    Returns:
+        `top1`: part that is right before and after; `clean`: before; `robust`: 1 or 0 for each
+        example, encoded.
+    """
+    split = load_split(config, "test")
+    found = robustness.attack(
+        text,
+        program.logits_of,
+        loop.scored(state),
+        split.examples.images[:examples],
+        split.examples.labels[:examples],
+        seed=config.seed,
+    )
+    return {
+        "top1": float(found.robust.mean()),
+        "clean": float(found.clean.mean()),
+        "robust": encoding.encode_labels(found.robust.astype(np.int32)),
+    }
+
+
+def _extra(name: str) -> Callable[[ConfigDict, Program, TrainState], dict[str, Any]]:
+    attack, several, examples = name.rpartition(", first ")
+    return functools.partial(_attacked, attack, int(examples)) if several else EXTRAS[name]
 
 
 EXTRAS: dict[str, Callable[[ConfigDict, Program, TrainState], dict[str, Any]]] = {

@@ -41,6 +41,8 @@ class Program:
         stack: states -> one state with a leading axis.
         member: (that state, index) -> the state of one.
         logits: (params, batch_stats, images, indices) -> [E, K] float32, in evaluation mode.
+        logits_of: ((params, batch_stats), images [B, H, W, C] in [0, 1]) -> [B, K] float32, in
+            evaluation mode; not compiled: attacks differentiate and compile it.
         metric_names: the rows of the metrics of `train_step`; known once it has been traced.
         traces: how often `train_step` has been traced; 1 however many runs share the program.
         compiled: of how many runs at once there are compiled updates.
@@ -54,6 +56,7 @@ class Program:
     stack: Callable[[Sequence[TrainState]], TrainState]
     member: Callable[[TrainState, int], TrainState]
     logits: Callable[..., jax.Array]
+    logits_of: Callable[[PyTree, jax.Array], jax.Array]
     metric_names: tuple[str, ...] = ()
     traces: int = 0
     compiled: set[int] = dataclasses.field(default_factory=set)
@@ -192,8 +195,12 @@ def make_program(config: ConfigDict, info: DatasetInfo) -> Program:
     def logits(
         params: PyTree, batch_stats: PyTree, images: jax.Array, indices: jax.Array
     ) -> jax.Array:
-        variables = {"params": params, "batch_stats": batch_stats}
-        outputs: Any = module.apply(variables, normalise(pixels(images, indices)), train=False)
+        return logits_of((params, batch_stats), pixels(images, indices))
+
+    def logits_of(variables: PyTree, images: jax.Array) -> jax.Array:
+        params, batch_stats = variables
+        named = {"params": params, "batch_stats": batch_stats}
+        outputs: Any = module.apply(named, normalise(images), train=False)
         return outputs.logits
 
     heads = config_lib.auxiliary_heads(config)
@@ -221,6 +228,7 @@ def make_program(config: ConfigDict, info: DatasetInfo) -> Program:
             out_shardings=everywhere,
         ),
         logits=backend.jit(logits, out_shardings=everywhere),
+        logits_of=logits_of,
     )
     return program
 
