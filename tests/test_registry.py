@@ -20,17 +20,18 @@ def test_an_unknown_name_gets_the_nearest():
 
 def test_a_call_in_text_gives_all_parameters():
     call = registry.call("augment", "crop(padding=2)")
-    assert (call.plugin.name, call.arguments) == ("crop", {"padding": 2})
+    assert (call.plugin.name, call.arguments) == ("crop", {"padding": 2, "fill": 0.0})
     assert registry.call("augment", "flip").arguments == {"probability": 0.5}
     assert registry.call("augment", "flip(probability=1)").arguments == {"probability": 1}
 
 
 def test_floats_are_numbers_that_may_be_traced_and_the_rest_is_static():
-    call = registry.call("augment", "crop(padding=2, probability=0.3)")
-    assert call.static == {"padding": 2, "probability": 1}
-    assert call.numbers == [0.3]
-    assert call.bound(iter([7.0])) == {"padding": 2, "probability": 7.0}
-    assert registry.call("augment", "crop(padding=2)").numbers == []
+    call = registry.call("augment", "crop(padding=2, fill=0.5, probability=0.3)")
+    assert call.static == {"padding": 2, "fill": 1, "probability": 1}
+    assert call.numbers == [0.5, 0.3]
+    assert call.bound(iter([6.0, 7.0])) == {"padding": 2, "fill": 6.0, "probability": 7.0}
+    # What is always applied has no probability.
+    assert registry.call("augment", "crop").numbers == [0.0]
 
 
 @pytest.mark.parametrize(

@@ -530,8 +530,7 @@ def augmix(
     drawn = draw(key, count, (width, steps), choices=len(space), bins=severity)
     op, value = arguments(space, drawn.choice, drawn.bins, 9, drawn.signs, size)
     if depth <= 0:
-        lengths = 1 + (3 * drawn.spread[..., :1]).astype(jnp.int32)
-        op = jnp.where(jnp.arange(steps)[None, None] < lengths, op, Op.IDENTITY)
+        op = jnp.where(in_chain(drawn), op, Op.IDENTITY)
     weights, share = mixing_weights(drawn.rest, alpha, width)
     copies = jnp.repeat(batch.images, width, 0)
     op, value, cubic = (x.reshape(count * width, steps) for x in (op, value, drawn.cubic))
@@ -542,6 +541,12 @@ def augmix(
     mixture = sum(_each(weights[:, i]) * chains[:, i] for i in range(width))
     mixed = (1 - _each(share)) * batch.images + _each(share) * mixture
     return dataclasses.replace(batch, images=jnp.clip(mixed, 0, 1))
+
+
+def in_chain(drawn: Draws) -> jax.Array:
+    """Which of three operations are in their chain, of 1, 2 or 3 of them: [B, width, 3] bool."""
+    lengths = 1 + (3 * drawn.spread[..., :1]).astype(jnp.int32)
+    return jnp.arange(3)[None, None] < lengths
 
 
 def mixing_weights(

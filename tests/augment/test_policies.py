@@ -400,6 +400,15 @@ def test_masks_and_boxes_move_with_the_images(one_op):
 # ------------------------------------------------------------------------------------------ AugMix
 
 
+def test_augmix_draws_chains_of_one_to_three_operations():
+    drawn = jax.jit(lambda key: policies.draw(key, 1000, (3, 3), choices=13))(KEY)
+    chosen = np.asarray(policies.in_chain(drawn))
+    assert (np.diff(chosen.astype(int), axis=2) <= 0).all()  # the first ones
+    lengths = np.bincount(chosen.sum(2).ravel(), minlength=4)
+    assert lengths[0] == 0
+    assert stats.chisquare(lengths[1:]).pvalue > 1e-3
+
+
 @pytest.mark.parametrize("alpha", [1.0, 4.0])
 def test_augmix_draws_dirichlet_and_beta_weights(alpha):
     own = keys.per_example(keys.key(0, "augment"), 3000)
