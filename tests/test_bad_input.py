@@ -170,7 +170,7 @@ CASES = {
     "rows that are a list": (experiment('rows={"one": {}, "two": {"optim.learning_rate": 0.2}}', 'rows=["one"]'), TABLE, r"rows: expected a dict of row name"),
     "row without settings": (experiment('"one": {}', '"one": None'), TABLE, r"rows: expected a name and a dict of changed settings, got 'one': None"),
     "column without its split": (no_validation, TABLE, r"row 'one': column 'validation_top1' needs a validation split"),
-    "augmentation out of range": (experiment('"one": {}', '"one": {"augment.transforms": ("crop(padding=0)",)}'), TABLE, r"row 'one': crop: padding: expected at least 1 pixel"),
+    "augmentation out of range": (experiment('"one": {}', '"one": {"augment.transforms": ("crop(padding=0)",)}'), TABLE, r"row 'one': augment.transforms: augmentation 'crop': padding: expected a number of at least 1, got 0"),
     "validation split of nothing": (nothing, f"{TRAIN} --config.data.validation=1e-5", r"data.validation: 1e-05 of 1437 examples is none"),
     "warm-up as long as the run": (nothing, [*TRAIN.split(), "--config.optim.warmup=4 steps"], r"optim.warmup: expected less than the 4 steps"),
     "warm-up of one_cycle": (nothing, [*TRAIN.split(), "--config.optim.schedule=one_cycle", "--config.optim.warmup=1 steps"], r"one_cycle has a rise of its own"),

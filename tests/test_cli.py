@@ -155,6 +155,7 @@ def test_every_list_lists_something(what, root, monkeypatch, capsys, tmp_path):
         "models": "resnet20",
         "data": "digits",
         "augment": "crop",
+        "attacks": "autoattack",
         "tasks": "classification",
         "configs": "lenet5",
         "experiments": "quickstart",

@@ -480,7 +480,7 @@ def _tested_columns(spec: TableSpec) -> dict[str, str]:
     """Predictions key -> the first column that shows it; the others share its test."""
     found: dict[str, str] = {}
     for name in spec.columns:
-        key = COLUMNS[name].predictions
+        key = column(name).predictions
         if key is not None:
             found.setdefault(key, name)
     return found
@@ -513,7 +513,7 @@ def _tests(
                     f"has {len(seeds)} seeds; use test='auto', or one seed"
                 )
             result = statistics.compare(ours, theirs, test=spec.test, rng=np.random.default_rng(0))
-            sign = 100 if COLUMNS[name].higher_is_better else -100
+            sign = 100 if column(name).higher_is_better else -100
             low, high = sorted((sign * result.low, sign * result.high))
             points = dataclasses.replace(
                 result, difference=sign * result.difference, low=low, high=high
@@ -522,7 +522,7 @@ def _tests(
     tests: dict[str, dict[str, Tested]] = defaultdict(dict)
     adjusted = statistics.holm([result.p for _, _, result in found])
     for (row, name, result), p_holm in zip(found, adjusted, strict=True):
-        better = (result.difference > 0) == bool(COLUMNS[name].higher_is_better)
+        better = (result.difference > 0) == bool(column(name).higher_is_better)
         verdict = ("better" if better else "worse") if p_holm < ALPHA else ""
         tests[row][name] = Tested(result, float(p_holm), verdict)
     return dict(tests)
@@ -532,7 +532,7 @@ def _row(spec: TableSpec, name: str, of_row: Mapping[int, Record], tests: dict[s
     done = finished(of_row)
     cells = {}
     for key in spec.columns:
-        source = of_row if COLUMNS[key].of_model else done
+        source = of_row if column(key).of_model else done
         if source:
             summary = statistics.summarise(values_of(key, source.values()))
             cells[key] = Cell(summary, _cell_text(spec, key, summary))
@@ -550,7 +550,7 @@ def _row(spec: TableSpec, name: str, of_row: Mapping[int, Record], tests: dict[s
 
 
 def _cell_text(spec: TableSpec, key: str, summary: statistics.Summary) -> str:
-    kind = COLUMNS[key]
+    kind = column(key)
     text = kind.formatter(summary.mean)
     # A count on which all seeds agree (parameters, steps) is exact, not a mean with no spread.
     if summary.std is not None and not (kind.higher_is_better is None and summary.std == 0):
@@ -702,8 +702,8 @@ def _published_cells(key: str, row: Row, published: Published | None) -> tuple[s
     if published is None:
         return "", ""
     mean, std = published if isinstance(published, tuple) else (published, None)
-    formatter = COLUMNS[key].formatter
-    if COLUMNS[key].unit:
+    formatter = column(key).formatter
+    if column(key).unit:
         # As many decimals as the paper prints, at most our own.
         ours = len(formatter(0.5).partition(".")[2])
         decimals = min(max(len(str(mean).partition(".")[2]), 1), ours)
@@ -714,7 +714,7 @@ def _published_cells(key: str, row: Row, published: Published | None) -> tuple[s
     if summary is None:
         return text, MISSING
     return text, _signed(
-        summary.mean - mean, f"{{:.{decimals}f}}".format if COLUMNS[key].unit else formatter
+        summary.mean - mean, f"{{:.{decimals}f}}".format if column(key).unit else formatter
     )
 
 
@@ -726,9 +726,9 @@ def _grid(table: Table | Grid) -> Grid:
     prints = {key for numbers in spec.published.values() for key in numbers}
     headers, lines = [""], [[(row.name, False)] for row in table.rows]
     for key in spec.columns:
-        name = COLUMNS[key].header
+        name = column(key).header
         headers.append(name)
-        owner = _tested_columns(spec).get(COLUMNS[key].predictions or "", "")
+        owner = _tested_columns(spec).get(column(key).predictions or "", "")
         for line, row in zip(lines, table.rows, strict=True):
             verdict = row.tests[owner].verdict if owner in row.tests else ""
             mark = WORSE if verdict == "worse" else ""

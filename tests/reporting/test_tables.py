@@ -9,6 +9,7 @@ import re
 import numpy as np
 import pytest
 
+from cnnlab.encoding import encode_labels
 from cnnlab.reporting import statistics, tables
 from cnnlab.reporting.tables import TableSpec
 from cnnlab.types import CnnlabError
@@ -352,6 +353,9 @@ def test_compact(value, text):
 
 
 def test_every_column_reads_a_record(records):
+    for record in records:
+        if record["status"] == "done":
+            record["scores"]["corrupted"] = {"top1": 0.5, "mce": 0.9}
     table = tables.build(spec(columns=tuple(tables.COLUMNS)), records)
     texts = {name: cell.text for name, cell in _row(table, "plain").cells.items()}
     assert texts["steps"] == "420"
@@ -360,6 +364,27 @@ def test_every_column_reads_a_record(records):
     top1, error = (_row(table, "plain").cells[c].summary for c in ("top1", "top1_error"))
     assert top1.mean + error.mean == pytest.approx(100)
     assert top1.std == pytest.approx(error.std)
+
+
+def test_a_column_under_attack_is_tested_example_by_example(run):
+    name = "pgd(eps=0.1, steps=4), first 200"
+    records = []
+    for row, robust in (("weak", 60), ("strong", 140)):
+        for seed in range(3):
+            records.append(run(row, seed))
+            outcomes = np.arange(200) < robust + seed
+            records[-1]["scores"][name] = {
+                "top1": float(outcomes.mean()),
+                "robust": encode_labels(outcomes.astype(np.int32)),
+            }
+    made = tables.TableSpec(
+        "t", "T", ("weak", "strong"), (0, 1, 2), (name,), baseline="weak", varied=("model",)
+    )
+    table = tables.build(made, records)
+    assert _row(table, "strong").cells[name].text.startswith("70.50")
+    (tested,) = _row(table, "strong").tests.values()
+    assert tested.comparison.difference == pytest.approx(40)
+    assert "pgd(eps=0.1, steps=4), first 200 (%)" in tables.to_markdown(table)
 
 
 def test_the_command_stands_below_the_table(records):
