@@ -1,10 +1,11 @@
 """Norm balls around images, exact in float32.
 
 Whatever `project` and `random_start` return is, computed in float64, no farther from the clean
-image than the given eps, and in [0, 1]. Two rules give that. A perturbation is added so that the
-sum rounds towards the clean image (`add`), so it never grows by rounding; and norms are compared to
-a radius that is smaller than eps by more than the error of the norm, which is summed pairwise to
-keep that error at a few units in the last place for any image size.
+image than the given eps, and in [0, 1]. Three rules give that. A perturbation is added so that the
+sum rounds towards the clean image (`add`), so it never grows by rounding. Norms are compared to a
+radius that is smaller than eps by more than the error of the norm, which is summed pairwise to keep
+that error at a few units in the last place for any image size. And what is measured is what is
+returned (`_settled`): XLA computes a sum anew for each reader, and not always to the same bit.
 
 `norm` is `"linf"`, `"l2"` or `"l1"`; images are [B, H, W, C] float32.
 """
@@ -19,6 +20,7 @@ import numpy as np
 from jax import lax
 
 from cnnlab import keys
+from cnnlab.ops.conv_algorithms import BARRIERS_HOLD
 from cnnlab.types import CnnlabError
 
 NORMS = ("linf", "l2", "l1")
@@ -120,6 +122,7 @@ def project(images: jax.Array, clean: jax.Array, eps: float | jax.Array, norm: s
     if check_norm(norm) == "linf":
         return jnp.clip(images, *bounds(clean, eps))
     within = radius(eps)
+    images = _settled(images)
     clipped = jnp.clip(images, 0, 1)
     if norm == "l2":
         delta = images - clean
@@ -132,6 +135,18 @@ def project(images: jax.Array, clean: jax.Array, eps: float | jax.Array, norm: s
     inside = total(jnp.abs(delta)) <= within
     shrunk = add(clean, _l1_projection(images - clean, clean, within))
     return jnp.where(per_example(inside), clipped, shrunk)
+
+
+def _settled(images: jax.Array) -> jax.Array:
+    """The same images in memory, where all readers find the same bits."""
+    if BARRIERS_HOLD:
+        return lax.optimization_barrier(images)
+    # XLA can't look through a loop that might run and change them: for NaN, which stays NaN.
+    return lax.while_loop(
+        lambda carry: carry[0],
+        lambda carry: (jnp.bool_(False), carry[1] + carry[1]),
+        (jnp.isnan(images.reshape(-1)[0]), images),
+    )[1]
 
 
 def _l1_projection(delta: jax.Array, clean: jax.Array, within: jax.Array) -> jax.Array:

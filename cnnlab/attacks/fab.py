@@ -153,6 +153,7 @@ def search(
         inside = state.distance <= _balls.radius(eps)
         unsure = inside & ~state.sure
         found = lax.cond(jnp.any(unsure), farther, lambda s: s.best, state)
+        found = _balls.project(found, state.clean, eps, norm)  # what rounding has put outside
         return found, jnp.where(inside, _search.FALLEN, -jnp.inf)
 
     def farther(state: _State) -> jax.Array:

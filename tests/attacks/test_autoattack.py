@@ -151,8 +151,12 @@ def test_checkpoints_of_apgd():
     # Section 3.2: w_0 = 0, w_1 = 22, each interval 3 shorter than the one before, at least 6.
     assert list(np.flatnonzero(windows) + 1) == [22, 41, 57, 70, 80, 87, 93, 99]
     assert list(windows[windows > 0]) == [22, 19, 16, 13, 10, 7, 6, 6]
-    plan = apgd._plan(100, "l1", shrinking=True)
+    for steps in (1, 3, 4, 100):
+        plan = apgd._plan(steps, "l1", shrinking=True)
+        assert {len(column) for column in plan} == {steps}
+        assert plan.radii[-1] == 1
     assert [list(plan.radii).count(radius) for radius in (3, 2, 1)] == [30, 30, 40]
+    assert list(np.flatnonzero(plan.begins)) == [30, 60]
 
 
 @pytest.mark.parametrize("norm", ["linf", "l1"])
@@ -276,35 +280,38 @@ def test_windows_of_the_square_attack(side, turned):
 
 
 def attacked(lenet, count, *only):
-    """The first images; what holds of any result is checked here."""
-    images, labels = lenet.images[:count], lenet.labels[:count]
+    """The parts' result and the rows: the first that the model has right, and two it has not."""
+    correct = np.array(lenet.outcomes["clean_correct"], bool)
+    rows = np.r_[np.flatnonzero(correct)[: count - 2], np.flatnonzero(~correct)[:2]]
+    images, labels = lenet.images[rows], lenet.labels[rows]
     result = autoattack.run(
         KEY, lenet.apply, lenet.variables, images, labels, eps=0.1, only=only, chunk=count
     )
-    assert list(result.correct) == [bool(c) for c in lenet.outcomes["clean_correct"][:count]]
+    np.testing.assert_array_equal(result.correct, correct[rows])
     right = np.asarray(lenet.logits_fn(jnp.array(result.images)).argmax(-1) == labels)
     np.testing.assert_array_equal(right, result.robust)
     assert lengths(result.images, images, "linf").max() <= 0.1
     assert result.images.min() >= 0
     assert result.images.max() <= 1
-    return result
+    return result, rows
 
 
 def test_what_apgd_leaves_is_what_the_reference_leaves(lenet):
-    result = attacked(lenet, 128, "apgd_ce", "apgd_t")
-    alone = lenet.outcomes["parts"]["apgd-ce"]["robust"][:128]
-    assert result.after["apgd_ce"].sum() <= sum(alone) + 2
-    seeds = np.array([seed["robust"][:128] for seed in lenet.outcomes["autoattack_seeds"]])
+    result, rows = attacked(lenet, 32, "apgd_ce", "apgd_t")
+    alone = np.array(lenet.outcomes["parts"]["apgd-ce"]["robust"])[rows]
+    assert result.after["apgd_ce"].sum() <= alone.sum() + 1
+    seeds = np.array([seed["robust"] for seed in lenet.outcomes["autoattack_seeds"]])[:, rows]
     agreed = (seeds == seeds[0]).all(0)
-    assert (result.robust != seeds[0])[agreed].sum() <= 2
+    assert (result.robust != seeds[0])[agreed].sum() <= 1
     assert (result.after["apgd_t"] <= result.after["apgd_ce"]).all()
 
 
 @pytest.mark.parametrize("part", ["fab_t", "square"])
 def test_other_parts_alone_are_as_strong_as_the_reference(lenet, part):
-    result = attacked(lenet, 32, part)
-    alone = lenet.outcomes["parts"][part.replace("_", "-")]["robust"][:32]
-    assert result.robust.sum() <= sum(alone) + 1
+    result, rows = attacked(lenet, 16, part)
+    alone = np.array(lenet.outcomes["parts"][part.replace("_", "-")]["robust"])[rows]
+    assert result.robust.sum() <= alone.sum() + 1
+    assert alone.sum() < 13  # so that a part that does nothing fails
 
 
 # --- the ensemble -------------------------------------------------------------------------------
@@ -326,12 +333,20 @@ LABELS = small_logits(IMAGES).argmax(-1).astype(jnp.int32).at[:2].add(1) % 5
 EPS = {"linf": 0.03, "l2": 0.15, "l1": 0.4}
 
 
-@pytest.mark.parametrize("norm", sorted(ORDERS))
-def test_run_finds_what_the_pure_function_finds(norm, monkeypatch):
+@pytest.mark.parametrize(
+    ("norm", "names"),
+    [
+        ("linf", ("apgd_ce", "apgd_t", "fab_t", "square")),
+        ("l2", ("square",)),
+        ("l1", ("apgd_t", "square")),
+    ],
+)
+def test_run_finds_what_the_pure_function_finds(norm, names, monkeypatch):
     short = {"apgd_ce": 12, "apgd_t": 12, "fab_t": 12, "square": 40}
     chosen = tuple(
         part._replace(settings=(*part.settings, ("steps", short[part.name])))
         for part in autoattack.parts("standard", norm)
+        if part.name in names
     )
     monkeypatch.setattr(autoattack, "parts", lambda version, norm: chosen)
     monkeypatch.setattr(backend, "jit", jit)
