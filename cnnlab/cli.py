@@ -381,7 +381,12 @@ def _table(options: argparse.Namespace, changes: dict[str, str]) -> int:
                 "interrupted; the same command goes on where it was", 128 + stop.signal
             )
         done = (executor.finished(run, options.runs) for run in loaded.runs)
-        here = {(r["row"], r["seed"]): r for r in done if r is not None}
+        # What was not asked for now may lack a score that the table wants: it is missing, then.
+        here = {
+            (r["row"], r["seed"]): r
+            for r in done
+            if r is not None and (r["status"] != "done" or {*loaded.extras} <= {*r["scores"]})
+        }
         # Cells that were run elsewhere, with these very settings, keep their place in the table.
         kept = {(r["row"], r["seed"]): r for r in results.read(loaded, folder, skip_others=True)}
         records = list((kept | here).values())
