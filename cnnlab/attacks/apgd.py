@@ -34,8 +34,8 @@ LOSSES: dict[str, _losses.Loss] = {
     "targeted_dlr": _losses.targeted_dlr,
 }
 
-_SHRINKING = ((3.0, 0.3), (2.0, 0.3), (1.0, 0.4))
-"""For L1: a ball of this many eps for this part of the steps."""
+_SHRINKING = ((3.0, 0.3), (2.0, 0.3))
+"""For L1: a ball of this many eps for this part of the steps; the rest is in the ball itself."""
 
 _SPARSER = 1.5  # a step spreads over that many times fewer pixels than the perturbation has
 _L1_FIRST_SHARE = 0.2
@@ -172,17 +172,15 @@ def search(
             gradient, (each, wrong) = jax.grad(losses, has_aux=True)(state.images, key)
             return each, wrong, gradient
 
-        if draws == 1:
-            return draw(0)
-        each, wrong, gradient = draw(0)
-
         def add(
             index: jax.Array, sums: tuple[jax.Array, jax.Array, jax.Array]
         ) -> tuple[jax.Array, jax.Array, jax.Array]:
             each, wrong, gradient = draw(index)
             return sums[0] + each, wrong, sums[2] + gradient
 
-        each, wrong, gradient = lax.fori_loop(1, draws, add, (each, wrong, gradient))
+        each, wrong, gradient = draw(0)
+        if draws > 1:
+            each, wrong, gradient = lax.fori_loop(1, draws, add, (each, wrong, gradient))
         return each / draws, wrong, gradient / draws
 
     def begin(state: _State, index: int | jax.Array, sparse: bool) -> _State:
@@ -297,12 +295,9 @@ def _at(table: np.ndarray, index: int | jax.Array) -> jax.Array:
 def _plan(steps: int, norm: str, shrinking: bool) -> _Plan:
     phases = [(1.0, steps)]
     if shrinking:
-        counts = [math.ceil(part * steps) for _, part in _SHRINKING[:-1]]
-        phases = [
-            (factor, count)
-            for (factor, _), count in zip(_SHRINKING, [*counts, steps - sum(counts)], strict=True)
-            if count > 0
-        ]
+        early = [(factor, int(part * steps)) for factor, part in _SHRINKING]
+        rest = (1.0, steps - sum(count for _, count in early))
+        phases = [phase for phase in (*early, rest) if phase[1]]
     radii, first, windows = [], [], []
     for factor, count in phases:
         radii += [factor] * count

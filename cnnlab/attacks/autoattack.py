@@ -11,10 +11,16 @@ examples as they fall, so that what is left is attacked in ever smaller batches.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
+import itertools
+import os
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any, NamedTuple
 
 import jax
@@ -203,9 +209,13 @@ def run(
     version: str = "standard",
     only: tuple[str, ...] = (),
     chunk: int = 512,
+    workers: int = 0,
     sharding: jax.sharding.Sharding | None = None,
 ) -> Result:
     """The same as `perturb`, on the examples still standing only, in chunks.
+
+    On CPU several chunks are attacked at a time, as XLA runs most of a loop's body on one core. An
+    example's result depends on none of this, unless the model is random.
 
     Programs are compiled once for each function `logits_fn`, part and batch size, so models of one
     architecture share them.
@@ -221,7 +231,8 @@ def run(
         norm: `"linf"`, `"l2"` or `"l1"`.
         version: as in `parts`.
         only: the parts to run, by name; all if empty.
-        chunk: the most examples at a time. Smaller batches are its halves.
+        chunk: the most examples in a batch. Smaller batches are its halves, quarters, ...
+        workers: batches at a time; 0 for one a core on CPU, one elsewhere.
         sharding: of a batch over a mesh, whose device count divides `_SMALLEST` or `chunk`.
 
     Returns:
@@ -236,6 +247,9 @@ def run(
             f"only: expected parts of version {version!r} "
             f"({', '.join(part.name for part in chosen)}), got {', '.join(unknown)}"
         )
+    if not workers:
+        alone = sharding is not None or jax.default_backend() != "cpu"
+        workers = 1 if alone else os.cpu_count() or 1
     images = np.asarray(images, np.float32)
     labels = np.asarray(labels, np.int32)
     keys = _balls.example_keys(key, len(images))
@@ -266,8 +280,11 @@ def run(
         # Where no part succeeds, the first part's highest loss is handed back.
         best = np.full(len(images), -np.inf if index == 0 else _search.HIGHEST, np.float32)
         for number in range(search.rounds):
-            for rows in _chunks(np.flatnonzero(standing), chunk):
-                for done, new, score in attack(rows, number):
+            rows = np.flatnonzero(standing)
+            each = min(chunk, max(-(-len(rows) // workers), _SMALLEST))
+            with ThreadPoolExecutor(workers) as pool:
+                rounds = pool.map(functools.partial(attack, number), _chunks(rows, each))
+                for done, new, score in itertools.chain.from_iterable(rounds):
                     taken = score > best[done]
                     found[done[taken]] = new[taken]
                     best[done] = np.maximum(score, best[done])
@@ -284,11 +301,15 @@ def _attack(
     steps: int,
     send: Callable[[np.ndarray], tuple[jax.Array, ...]],
     chunk: int,
-    rows: np.ndarray,
     number: int,
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """One round on these rows; yields (rows, images, scores) as examples fall, then the rest."""
-    state = programs.start(variables, eps, *send(_padded(rows, chunk)), number)
+    rows: np.ndarray,
+) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """One round on these rows: (rows, images, scores) as examples fall, then of the rest."""
+    found = []
+    sent = send(_padded(rows, chunk))
+    with programs.first_of(len(sent[-1])):
+        state = programs.start(variables, eps, *sent, number)
+        programs.outcome(variables, eps, programs.block(variables, eps, state, 0, 0))
     block = max(steps // _BLOCKS, _BLOCK)
     for low in range(0, steps, block):
         state = programs.block(variables, eps, state, low, min(low + block, steps))
@@ -298,20 +319,37 @@ def _attack(
         kept = np.flatnonzero((score < _search.FALLEN) & (not last))
         if last or _size(len(kept), chunk) < len(scores):
             out = np.setdiff1d(np.arange(len(rows)), kept)
-            yield rows[out], np.asarray(images)[out], score[out]
+            found.append((rows[out], np.asarray(images)[out], score[out]))
             if not len(kept):
-                return
-            state = programs.take(state, _padded(kept, chunk))
+                break
+            chosen = _padded(kept, chunk)
             rows = rows[kept]
+            with programs.first_of(len(chosen)):
+                state = programs.take(state, chosen)
+                programs.outcome(variables, eps, programs.block(variables, eps, state, 0, 0))
+    return found
 
 
-class _Programs(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Programs:
     """The compiled steps of a part; `take` drops examples."""
 
     start: Callable[..., Any]
     block: Callable[..., Any]
     outcome: Callable[..., tuple[jax.Array, jax.Array]]
     take: Callable[..., Any]
+    sizes: set[int] = dataclasses.field(default_factory=set)
+    lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+
+    @contextlib.contextmanager
+    def first_of(self, size: int) -> Iterator[None]:
+        """Lets one thread compile for a batch size, while the others wait for it."""
+        if size in self.sizes:
+            yield
+            return
+        with self.lock:
+            yield
+            self.sizes.add(size)
 
 
 @functools.lru_cache(maxsize=64)
