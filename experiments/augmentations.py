@@ -2,12 +2,12 @@
 
     cnnlab table experiments/augmentations.py
 
-LeNet-5 on the embedded 10,000 images of Fashion-MNIST, 16 epochs, five seeds a row; a quarter of an
-hour on two CPU cores. Every row but the first also shifts and mirrors. Corrupted: the fifteen
-corruptions of Hendrycks & Dietterich 2019 in five severities each; mCE is relative to the first
-row. Random erasing: Zhong et al. 2020; mixup: Zhang et al. 2018; CutMix: Yun et al. 2019;
-RandAugment: Cubuk et al. 2020; TrivialAugment: Müller & Hutter 2021; AugMix, with its consistency
-loss: Hendrycks et al. 2020.
+LeNet-5 on the embedded 10,000 images of Fashion-MNIST, 16 epochs, five seeds a row; half a minute
+a run on two busy CPU cores, AugMix four minutes. Every row but the first also shifts and mirrors.
+Corrupted: the fifteen corruptions of Hendrycks & Dietterich 2019 in five severities each; mCE is
+relative to the first row. Random erasing: Zhong et al. 2020; mixup: Zhang et al. 2018; CutMix: Yun
+et al. 2019; RandAugment: Cubuk et al. 2020; TrivialAugment: Müller & Hutter 2021; AugMix, with its
+consistency loss: Hendrycks et al. 2020.
 """
 
 from cnnlab.sweep import Experiment

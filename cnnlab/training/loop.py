@@ -291,7 +291,6 @@ class _Track:
         if (version := record.version_text()) not in self.note.code:
             self.note.code.append(version)
         self.step = int(self.initial.step)
-        self.saved = self.step if checkpoints.steps else None
         member.folder.rewind(self.step)
         self.loss = math.nan
         self.diverged: int | None = None
@@ -341,12 +340,13 @@ class _Track:
         """Evaluates, logs and saves what is due after `step`; the clock stands still."""
         config = self.member.config
         state = state_of()
-        improved, validation = False, {}
+        improved, validation = False, dict[str, float]()
         if happens["eval"] and len(self.member.stream.validation):
-            validation = self._evaluate(state)
-            if self.diverged is not None:
+            found = self._evaluate(state)
+            if found is None:
                 self.diverged = step
                 return
+            validation = found
             improved = _judge(self.note, validation, config.train.monitor, step)
             self.emit("eval", step, state_of, validation)
         if happens["log"] or validation:
@@ -355,10 +355,10 @@ class _Track:
         if happens["checkpoint"] or stopping or best or self.stopped_early:
             monitored = self.note.best if best else None
             self.member.checkpoints.save(state, dataclasses.asdict(self.note), monitored)
-            self.saved = step
             self.emit("checkpoint", step, state_of)
 
-    def _evaluate(self, state: TrainState) -> dict[str, float]:
+    def _evaluate(self, state: TrainState) -> dict[str, float] | None:
+        """The scores of the validation split; `None` where a logit is not finite."""
         params, batch_stats = scored(state)
         positions = self.member.stream.validation
         logits = scores.predict(
@@ -367,8 +367,7 @@ class _Track:
             self.member.config.eval.batch_size,
         )
         if not np.isfinite(logits).all():
-            self.diverged = 0  # the caller knows the step
-            return {}
+            return None
         return scores.summary(logits, self.split.examples.labels[positions])
 
     def _log(

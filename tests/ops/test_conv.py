@@ -15,8 +15,10 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from scipy import signal
 
+from cnnlab.ops import conv_algorithms as algorithms
 from cnnlab.ops import conv_primitive
 from cnnlab.ops.conv import conv, conv_transpose
+from cnnlab.ops.conv_algorithms import Face, Spec
 from cnnlab.types import CnnlabError
 
 # One for each algorithm: channels in, out, groups, kernel, strides, padding, dilation.
@@ -314,3 +316,29 @@ def test_bad_operands_are_named():
         conv(jnp.ones((1, 4, 4, 1), jnp.int32), jnp.ones((3, 3, 1, 1), jnp.int32), padding="SAME")
     with pytest.raises(CnnlabError, match="size"):
         conv_transpose(sample(0, 1, 4, 4, 2), sample(1, 3, 3, 2, 2), padding="SAME", size=(9, 9))
+
+
+@pytest.mark.parametrize("face", list(Face))
+@pytest.mark.parametrize("together", [1, 2, 5])
+def test_members_side_by_side_equal_each_alone(face, together):
+    spec = Spec((9, 8), (3, 3), (2, 1), ((1, 1), (1, 0)), (1, 1), 1)
+    shapes = {"x": (9, 8, 3), "y": (*spec.result, 4)}
+    rng = np.random.default_rng(0)
+    x, y = (jnp.array(rng.normal(size=(5, 2, *shapes[name])), jnp.float32) for name in "xy")
+    w = jnp.array(rng.normal(size=(5, 3, 3, 3, 4)), jnp.float32)
+    a, b = {Face.RESULT: (x, w), Face.IMAGES: (y, w), Face.KERNEL: (x, y)}[face]
+    expected = np.stack(
+        [algorithms.native(face, one, other, spec) for one, other in zip(a, b, strict=True)]
+    )
+    made = algorithms.stacked(face, a, b, spec, together)
+    assert made.shape == expected.shape
+    np.testing.assert_allclose(made, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_gpu_gets_a_stack_of_few_channels_as_dense_convolutions():
+    images, kernels = jnp.zeros((10, 4, 8, 8, 16)), jnp.zeros((10, 3, 3, 16, 16))
+    stack = jax.jit(jax.vmap(functools.partial(conv, padding="SAME")))
+    text = stack.trace(images, kernels).lower(lowering_platforms=("cuda",)).as_text()
+    (line,) = [line for line in text.splitlines() if "stablehlo.convolution" in line]
+    assert "tensor<4x8x8x160xf32>" in line
+    assert "feature_group_count = 1 " in line
