@@ -265,11 +265,7 @@ def _start_jax() -> None:
     from cnnlab import backend
 
     backend.keep_heap()
-    import jax
-
-    cache = os.environ.get("CNNLAB_CACHE") or str(Path.home() / ".cache" / "cnnlab" / "xla")
-    jax.config.update("jax_compilation_cache_dir", cache)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    backend.keep_programs()
 
 
 class _Stop:

@@ -3,7 +3,7 @@
     cnnlab table experiments/zoo.py
     cnnlab table experiments/zoo.py --rows "resnet*" "convnext_*"
 
-About a minute a network on two CPU cores, most of it compilation. Forward is inference by the
+Half a minute a network on two CPU cores, most of it compilation. Forward is inference by the
 running statistics, training a step of SGD with momentum; batch 8 of 224x224x3 images with 1,000
 classes for the networks of ImageNet (EfficientNet-Lite at its own sizes), batch 128 of 32x32x3
 images (LeNet: 28x28x1) with 10 classes for the others. Multiply-accumulates are those of
@@ -154,6 +154,7 @@ def work(case: Case, train: bool) -> Workload:
 
     from cnnlab import backend, models
 
+    backend.keep_programs()
     module = models.create(case["model"], num_outputs=case["classes"])
     rng = np.random.default_rng(0)
     images = jnp.asarray(rng.random((case["batch"], *case["input"]), np.float32))
@@ -229,4 +230,5 @@ def get_experiment() -> Benchmark:
         columns=("facts", "items"),
         rounds=5,
         budget=10.0,
+        build_together=True,
     )

@@ -88,6 +88,8 @@ class Benchmark:
         rounds: timings of each contender, one after another in every round.
         budget: seconds after which a contender skips the remaining rounds of a case, once it has
             three timings; three times as long without them.
+        build_together: whether contenders build a case at the same time, which spoils the time of
+            its first call.
     """
 
     cases: Mapping[str, Case]
@@ -98,6 +100,7 @@ class Benchmark:
     columns: Sequence[str] = ("ms", "ratio", "rate", "floor", "over_floor")
     rounds: int = 9
     budget: float = 30.0
+    build_together: bool = False
 
 
 def checksum(arrays: Sequence[np.ndarray]) -> list[list[float]]:

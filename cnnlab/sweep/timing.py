@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import fnmatch
 import hashlib
@@ -250,7 +251,14 @@ def execute(
         for case in todo:
             definition = benchmark.cases[case]
             rounds = _rounds(benchmark, case)
-            measured = measure(workers, case, definition, rounds, benchmark.budget)
+            measured = measure(
+                workers,
+                case,
+                definition,
+                rounds,
+                benchmark.budget,
+                together=benchmark.build_together,
+            )
             flops, moved = benchmark.cost(definition)
             made = {
                 "schema": times.SCHEMA,
@@ -278,19 +286,38 @@ def execute(
 
 
 def measure(
-    workers: Mapping[str, Worker], name: str, case: Case, rounds: int, budget: float
+    workers: Mapping[str, Worker],
+    name: str,
+    case: Case,
+    rounds: int,
+    budget: float,
+    *,
+    together: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Contender -> what was measured of one case.
 
     All build the case and must agree on its outputs; after warm-up rounds each is timed once in
     every round.
 
+    Args:
+        workers: contender -> its process.
+        name: of the case.
+        case: what it is.
+        rounds: timings of each contender.
+        budget: see `Benchmark`.
+        together: whether they build it at the same time.
+
     Raises:
         CnnlabError: a contender fails, none has the case, or their outputs differ.
     """
     found: dict[str, dict[str, Any]] = {}
-    for who, worker in workers.items():
-        built = worker.ask("build", f"building {name!r}", case=dict(case))
+
+    def build(worker: Worker) -> dict[str, Any]:
+        return worker.ask("build", f"building {name!r}", case=dict(case))
+
+    with concurrent.futures.ThreadPoolExecutor(len(workers) if together else 1) as pool:
+        all_built = list(pool.map(build, workers.values()))
+    for who, built in zip(workers, all_built, strict=True):
         found[who] = {"seconds": [], "calls": 0, "checksum": None}
         if built.pop("supported"):
             found[who] |= built
