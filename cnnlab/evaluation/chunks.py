@@ -1,0 +1,64 @@
+"""Long evaluations in chunks, each of which is kept: after a kill they go on where they were."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cnnlab import record
+
+Arrays = dict[str, np.ndarray]
+"""Name -> an array with one entry an example."""
+
+
+def collect(
+    compute: Callable[[np.ndarray], Arrays],
+    count: int,
+    size: int,
+    *,
+    folder: Path | None = None,
+    about: Mapping[str, Any] | None = None,
+) -> Arrays:
+    """What `compute` finds for all examples, one chunk of them after another.
+
+    Args:
+        compute: the positions of a chunk's examples [n], in order -> arrays of `n` entries.
+        count: how many examples there are.
+        size: of a chunk, the last excepted.
+        folder: where the chunks are kept until all are done; `None` keeps nothing. Each is written
+            atomically, and read again by the next call that is about the same.
+        about: everything on which the results depend, the model's parameters included, as plain
+            JSON values. The version of the code and `size` are added.
+    """
+    place = folder and folder / _digest({**(about or {}), "size": size})
+    parts = []
+    for number, start in enumerate(range(0, count, size)):
+        positions = np.arange(start, min(start + size, count))
+        file = place and place / f"{number:05}.npz"
+        if file is not None and file.exists():
+            with np.load(file, allow_pickle=False) as found:
+                parts.append(dict(found))
+            continue
+        parts.append({name: np.asarray(array) for name, array in compute(positions).items()})
+        if file is not None:
+            packed = io.BytesIO()
+            np.savez(packed, **parts[-1])
+            record.write_atomic(file, packed.getvalue())
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def clear(folder: Path) -> None:
+    """Removes what `collect` kept; call it once the result of all chunks is written."""
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def _digest(about: Mapping[str, Any]) -> str:
+    text = record.dump_json({**about, "code": record.code_version()["digest"]})
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
