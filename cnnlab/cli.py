@@ -21,14 +21,16 @@ if TYPE_CHECKING:
 LISTS = ("models", "data", "augment", "attacks", "tasks", "configs", "experiments", "runs")
 
 USER_ERROR = 2
+DOUBTFUL = 3
 INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code.
 
-    0: done. 2: a mistake that the message explains. 130: interrupted (the same command goes on).
-    1: anything else, with its traceback if `--traceback` is given.
+    0: done. 2: a mistake that the message explains. 3: `attack` found a reason not to believe an
+    accuracy. 130: interrupted (the same command goes on). 1: anything else, with its traceback if
+    `--traceback` is given.
     """
     parser = _parser()
     options, rest = parser.parse_known_args(
@@ -166,13 +168,65 @@ def _parser() -> argparse.ArgumentParser:
     attack = add("attack", _attack, "the accuracy of a trained run under an attack")
     attack.add_argument("run", type=Path, help="a run's folder, or its name under --runs")
     attack.add_argument("--attack", required=True, metavar="NAME", help="`cnnlab list attacks`")
-    attack.add_argument("--eps", required=True, help="radius: 0.1, 8/255 or 8px (of 255)")
+    attack.add_argument(
+        "--eps",
+        nargs="+",
+        required=True,
+        help="radius: 0.1, 8/255 or 8px (of 255); several make a curve",
+    )
     attack.add_argument("--norm", default="linf", help="linf (default), l2 or l1")
     attack.add_argument("--steps", type=int, help="default: the attack's own")
     attack.add_argument(
         "--examples", type=int, default=1000, help="of the test split; default 1000"
     )
+    attack.add_argument(
+        "--checklist",
+        action="store_true",
+        help="also attack some examples in other ways, to see whether the accuracy can be believed",
+    )
+    attack.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="accept what a check finds, which else ends the command with code 3; repeatable",
+    )
+    attack.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw accuracy against eps (.png, .svg or .pdf)"
+    )
+    attack.add_argument(
+        "--gallery",
+        type=Path,
+        metavar="FILE",
+        help="draw examples, their perturbations and predictions (.png, .svg or .pdf)",
+    )
     attack.add_argument("--json", action="store_true")
+
+    certify = add("certify", _certify, "the certified accuracy of a run, by randomised smoothing")
+    certify.add_argument("run", type=Path, help="a run's folder, or its name under --runs")
+    certify.add_argument(
+        "--sigma", type=float, required=True, help="standard deviation of the noise on [0, 1]"
+    )
+    certify.add_argument(
+        "--samples", type=int, default=1000, metavar="N", help="draws an example; default 1000"
+    )
+    certify.add_argument(
+        "--select", type=int, default=100, metavar="N", help="more, to choose the class; 100"
+    )
+    certify.add_argument(
+        "--alpha", type=float, default=0.001, help="probability of an error; default 0.001"
+    )
+    certify.add_argument(
+        "--examples", type=int, default=500, metavar="N", help="of the test split; default 500"
+    )
+    certify.add_argument(
+        "--radii", type=float, nargs="+", metavar="R", help="default 0, sigma/2, sigma, ..."
+    )
+    certify.add_argument(
+        "--batch-size", type=int, metavar="N", help="noisy images at once; default eval.batch_size"
+    )
+    certify.add_argument("--plot", type=Path, metavar="FILE", help="draw accuracy against radius")
+    certify.add_argument("--json", action="store_true")
 
     lists = add("list", _list, "list what there is")
     lists.add_argument("what", choices=LISTS)
@@ -371,6 +425,7 @@ def _table(options: argparse.Namespace, changes: dict[str, str]) -> int:
                     should_stop=stop,
                     together=options.together,
                     extras=loaded.extras,
+                    allow=loaded.allow,
                 )
         except loop.Interrupted:
             return _complain(
@@ -517,35 +572,250 @@ def _attack(options: argparse.Namespace, changes: dict[str, str]) -> int:
     _start_jax()
     import json
 
-    from cnnlab import attacks
-    from cnnlab.evaluation import robustness
+    from cnnlab import attacks, encoding
+    from cnnlab.evaluation import checklist, robustness
+    from cnnlab.reporting import adversarial
     from cnnlab.training import run
     from cnnlab.training.step import Programs
     from cnnlab.types import CnnlabError
 
     if options.examples < 1:
         raise CnnlabError(f"--examples: expected at least 1, got {options.examples}")
-    given = {"eps": attacks.strength(options.eps), "norm": options.norm}
-    if options.steps is not None:
-        given["steps"] = options.steps
-    text = f"{options.attack}({', '.join(f'{k}={v!r}' for k, v in given.items())})"
-    robustness.parse(text)
-    path = _run_folder(options)
-    name = f"{text}, first {options.examples}"
-    result = run.extend(path, [name], Programs())
-    if name not in result["scores"]:
-        raise CnnlabError(f"{path} diverged at step {result['diverged_step']}: nothing to attack")
-    found = {key: result["scores"][name][key] for key in ("clean", "top1")}
-    if options.json:
-        print(json.dumps({"attack": text, "examples": options.examples, **found}))
-    else:
-        _console().print(
-            f"{path.name}: {text}, {options.examples} examples: "
-            f"{100 * found['clean']:.2f} % clean, {100 * found['top1']:.2f} % under attack",
+    checklist.check_names(options.allow)
+    strengths = sorted(attacks.strength(eps) for eps in options.eps)
+    if len(set(strengths)) < len(strengths):
+        raise CnnlabError(f"--eps: expected different radii, got {' '.join(options.eps)}")
+    if options.plot and len(strengths) < 2:
+        raise CnnlabError("--plot draws accuracy against eps: give several, as in --eps 0 0.05 0.1")
+    middle = strengths[len(strengths) // 2]
+    if options.checklist and not middle:
+        raise CnnlabError("--checklist: expected an eps above 0, got 0")
+    if options.gallery and len(strengths) > 1:
+        raise CnnlabError(f"--gallery shows one eps, got {len(strengths)}")
+    steps = {} if options.steps is None else {"steps": options.steps}
+    texts = []
+    for eps in strengths:
+        given = {"eps": eps, "norm": options.norm, **steps}
+        texts.append(f"{options.attack}({', '.join(f'{k}={v!r}' for k, v in given.items())})")
+        robustness.parse(texts[-1])
+    names = [f"{text}, first {options.examples}" for text in texts]
+    path, programs = _run_folder(options), Programs()
+    how = "give --allow NAME"
+    try:
+        if options.checklist:
+            found = _checked(path, middle, options.norm, options.examples, programs)
+            checklist.require(found, options.allow, how)
+        result = run.extend(path, names, programs, allow=options.allow)
+        if not {*names} <= {*result["scores"]}:
+            step = result["diverged_step"]
+            raise CnnlabError(f"{path} diverged at step {step}: nothing to attack")
+        scores = [result["scores"][name] for name in names]
+        robust = [encoding.decode_labels(score["robust"]).astype(bool) for score in scores]
+        lines = [
+            {"attack": text, "examples": options.examples}
+            | {key: score[key] for key in ("clean", "top1")}
+            | dict(zip(("low", "high"), robustness.interval(each), strict=True))
+            | {"findings": score.get("findings", [])}
+            for text, score, each in zip(texts, scores, robust, strict=True)
+        ]
+        if options.json:
+            print(json.dumps(lines if len(lines) > 1 else lines[0]))
+        else:
+            _print_attacks(path.name, lines, strengths)
+        if options.plot:
+            points = [
+                adversarial.Point(eps, line["top1"], line["low"], line["high"])
+                for eps, line in zip(strengths, lines, strict=True)
+            ]
+            title = f"{options.attack}, first {len(robust[0])} test examples"
+            clean = scores[0]["clean"]
+            adversarial.curve(points, clean, options.plot, title=title, norm=options.norm)
+            print(f"wrote {options.plot}", file=sys.stderr)
+        if options.gallery:
+            _draw_gallery(options, path, texts[0], robust[0], programs)
+            print(f"wrote {options.gallery}", file=sys.stderr)
+        curve = checklist.monotone(dict(zip(strengths, robust, strict=True)))
+        checklist.require(curve, options.allow, how)
+    except checklist.UntrustworthyError as error:
+        return _complain(str(error), DOUBTFUL)
+    return 0
+
+
+def _checked(path: Path, eps: float, norm: str, examples: int, programs: Any) -> list[Any]:
+    """What the whole checklist finds of a run; also told, allowed or not."""
+    from cnnlab.evaluation import checklist
+    from cnnlab.training import loop, run
+
+    config, program, state, _ = run.restore(path, programs)
+    test = run.load_split(config, "test").examples
+    images, labels = test.images[:examples], test.labels[:examples]
+    found = checklist.full(
+        program.logits_of, loop.scored(state), images, labels, eps=eps, norm=norm, seed=config.seed
+    )
+    looked = min(len(images), checklist.EXAMPLES)
+    names = ", ".join(finding.name for finding in found) or "no finding"
+    told = f"checklist of {len(checklist.CHECKS)}, {looked} examples, eps {eps:g}: {names}"
+    print(f"cnnlab: {told}", file=sys.stderr)
+    return found
+
+
+def _print_attacks(name: str, lines: Sequence[dict[str, Any]], strengths: Sequence[float]) -> None:
+    """One attack as a sentence, several strengths as a table."""
+    from rich.table import Table
+
+    console = _console()
+    first = lines[0]
+    if len(lines) == 1:
+        console.print(
+            f"{name}: {first['attack']}, {first['examples']} examples: "
+            f"{100 * first['clean']:.2f} % clean, {100 * first['top1']:.2f} % under attack",
             highlight=False,
             soft_wrap=True,
         )
+        return
+    told = f"{name}: {first['attack'].partition('(')[0]}, {first['examples']} examples"
+    console.print(f"{told}, {100 * first['clean']:.2f} % clean", soft_wrap=True)
+    table = Table()
+    for heading in ("eps", "under attack (%)", "95 % interval"):
+        table.add_column(heading, justify="right")
+    for eps, line in zip(strengths, lines, strict=True):
+        interval = f"{100 * line['low']:.2f} to {100 * line['high']:.2f}"
+        table.add_row(f"{eps:.4g}", f"{100 * line['top1']:.2f}", interval)
+    console.print(table)
+
+
+def _draw_gallery(
+    options: argparse.Namespace, path: Path, text: str, robust: Any, programs: Any
+) -> None:
+    """Attacks a few of the examples again, with the same draws, and draws what came of it."""
+    import numpy as np
+
+    from cnnlab import backend
+    from cnnlab.evaluation import robustness
+    from cnnlab.reporting import adversarial
+    from cnnlab.training import loop, run
+    from cnnlab.types import CnnlabError
+
+    config, program, state, _ = run.restore(path, programs)
+    split, variables = run.load_split(config, "test"), loop.scored(state)
+    logits_of = backend.jit(program.logits_of)
+    pixels = split.examples.images[: len(robust)].astype(np.float32) / 255
+    labels = split.examples.labels[: len(robust)]
+    clean = np.asarray(logits_of(variables, pixels))
+    kinds = {
+        "fooled": (clean.argmax(1) == labels) & ~robust,
+        "right all the same": robust,
+    }
+    rows = np.concatenate([np.flatnonzero(k)[: adversarial.ROWS] for k in kinds.values()])
+    if not len(rows):
+        raise CnnlabError("--gallery: the model is wrong on all examples as they are")
+    images = split.examples.images[rows]
+    made = robustness.attack(
+        text, program.logits_of, variables, images, labels[rows], seed=config.seed, positions=rows
+    ).images
+    assert made is not None
+    after = np.asarray(logits_of(variables, made))
+    groups = []
+    for kind, of_kind in kinds.items():
+        these = of_kind[rows]
+        heading = f"{kind}: {of_kind.sum()} of {len(robust)}"
+        shown = (pixels[rows], made, labels[rows], clean[rows], after)
+        groups.append(adversarial.Shown(heading, *(each[these] for each in shown)))
+    title = f"{path.name}: {text}"
+    adversarial.gallery(
+        groups, split.info.class_names, options.gallery, title=title, norm=options.norm
+    )
+
+
+def _certify(options: argparse.Namespace, changes: dict[str, str]) -> int:
+    _start_jax()
+    import json
+
+    import numpy as np
+
+    from cnnlab.evaluation import certification
+    from cnnlab.reporting import figures
+    from cnnlab.sweep import results
+    from cnnlab.types import CnnlabError
+
+    smoothing = certification.Smoothing(
+        options.sigma, options.select, options.samples, options.alpha
+    )
+    for name, value in (("examples", options.examples), ("batch-size", options.batch_size)):
+        if value is not None and value < 1:
+            raise CnnlabError(f"--{name}: expected at least 1, got {value}")
+    at = np.array(options.radii or smoothing.radii)
+    if not (at >= 0).all():
+        raise CnnlabError(f"--radii: expected numbers of at least 0, got {options.radii}")
+    path = _run_folder(options)
+    found = _certified(path, smoothing, options.examples, options.batch_size)
+    radii, right = np.array(found["radii"]), np.array(found["right"])
+    accuracy = certification.certified_accuracy(radii, right, at).tolist()
+    certified = {f"{each:g}": value for each, value in zip(at, accuracy, strict=True)}
+    names = ("top1", "top1_abstained", "abstained", "average_radius", "seconds")
+    scores = {name: found[name] for name in names}
+    if options.plot:
+        figures.certified_accuracy({path.name: (radii, right)}, options.plot)
+    if options.json:
+        print(json.dumps(found["about"] | scores | {"certified": certified}, indent=1))
+    else:
+        scores |= {f"certified at {each}": value for each, value in certified.items()}
+        title = f"{path.name}\nfirst {len(radii)} test examples, {smoothing}"
+        results.print_scores(_console(), title, scores)
     return 0
+
+
+def _certified(path: Path, smoothing: Any, examples: int, batch_size: int | None) -> dict[str, Any]:
+    """What `certification.summary` says of a run's first test examples; counted once and kept."""
+    import dataclasses
+
+    from cnnlab import keys, record
+    from cnnlab.types import CnnlabError
+
+    result = record.read_result(path)
+    if result is None:
+        raise CnnlabError(f"{path} is not finished; train the run first")
+    if result["status"] != "done":
+        raise CnnlabError(f"{path} diverged at step {result['diverged_step']}: nothing to certify")
+    examples = min(examples, result["test_set"]["examples"])
+    about = {
+        **dataclasses.asdict(smoothing),
+        "examples": examples,
+        "test_set": result["test_set"],
+        "identity": result["identity"],
+        "parameters_sha256": result["parameters_sha256"],
+    }
+    file = path / f"certified-{smoothing}-first{examples}.json"
+    if file.exists() and (kept := record.read_json(file))["about"] == about:
+        return dict(kept)
+
+    from cnnlab.evaluation import certification, chunks  # seconds that only counting needs
+    from cnnlab.training import loop, run
+    from cnnlab.training.step import Programs
+
+    config, program, state, _ = run.restore(path, Programs())
+    split, unfinished = run.load_split(config, "test"), path / file.stem
+    with record.RunFolder(path, config):
+        counts = certification.count(
+            keys.key(config.seed, "certification"),
+            program.logits_of,
+            loop.scored(state),
+            split.examples.images[:examples],
+            smoothing,
+            batch_size=batch_size or config.eval.batch_size,
+            mesh=program.mesh,
+            folder=unfinished,
+            about={"identity": result["identity"]},
+        )
+        found = {
+            **certification.summary(counts, split.examples.labels[:examples], smoothing),
+            "about": about,
+            "code": record.code_version(),
+            "environment": record.environment(program.mesh.size),
+        }
+        record.write_atomic(file, record.dump_json(found))
+        chunks.clear(unfinished)
+    return found
 
 
 def _eval(options: argparse.Namespace, changes: dict[str, str]) -> int:

@@ -17,6 +17,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -118,6 +119,39 @@ FIELDS: dict[str, dict[str, Field]] = {
             neutral=True,
         ),
     },
+    "defence": {
+        "name": Field(
+            "none",
+            "adversarial training, see cnnlab.training.defence",
+            choices=("none", "pgd_at", "trades", "mart", "fast", "free"),
+            neutral=True,
+        ),
+        "eps": Field(
+            8 / 255, "radius of the ball around each image", "traced", low=0.0, neutral=True
+        ),
+        "norm": Field("linf", "of the ball", choices=("linf", "l2", "l1"), neutral=True),
+        "steps": Field(10, "of the attack; fast and free make one", low=1, neutral=True),
+        "relative_step": Field(
+            0.0,
+            "length of the attack's steps together, in units of eps; 0: 2.5, of fast 1.25, of "
+            "free 1",
+            "traced",
+            low=0.0,
+            neutral=True,
+        ),
+        "beta": Field(
+            6.0, "weight of the robust term of trades and mart", "traced", low=0.0, neutral=True
+        ),
+        "replays": Field(8, "of free: updates in a row on the same batch", low=1, neutral=True),
+        "awp": Field(
+            0.0,
+            "adversarial weight perturbation: its size relative to each kernel's norm (0.005 in "
+            "the paper); 0: none",
+            "traced",
+            low=0.0,
+            neutral=True,
+        ),
+    },
     "optim": {
         "name": Field("sgd", "the optimizer", choices=("sgd", "adam", "adamw", "lamb", "lion")),
         "learning_rate": Field(0.1, "peak learning rate", "traced", low=0.0),
@@ -191,7 +225,7 @@ FIELDS: dict[str, dict[str, Field]] = {
             "top1",
             "the validation metric that early stopping and `keep` watch",
             "host",
-            choices=("top1", "nll"),
+            choices=("top1", "nll", "robust"),
         ),
         "patience": Field(
             0, "stop after so many evaluations without a better one; 0: never", "host", low=0
@@ -202,6 +236,12 @@ FIELDS: dict[str, dict[str, Field]] = {
     },
     "eval": {
         "batch_size": Field(512, "examples a step of scoring, over all devices", low=1),
+        "attack": Field(
+            "",
+            "on the validation split at each evaluation, as in 'pgd(eps=0.1, steps=10)'; gives "
+            "the metric `robust`",
+            neutral=True,
+        ),
         "calibration_bins": Field(15, "of the expected calibration error", "host", low=1),
     },
     "parallel": {
@@ -210,6 +250,9 @@ FIELDS: dict[str, dict[str, Field]] = {
 }
 
 SEED = Field(0, "every random draw of the run follows from it", "host", low=0, high=2**31 - 1)
+
+SWITCHES = ("optim.clip_norm", "optim.ema_decay", "task.consistency", "defence.awp")
+"""Traced numbers that are not used at 0, so that being above it shapes the program."""
 
 UNITS = ("steps", "epochs", "examples")
 
@@ -328,8 +371,9 @@ def resolve(config: ConfigDict, where: str) -> ConfigDict:
             f"got {type(config).__name__}"
         )
     flat = flatten(config)
-    for section in FIELDS:
-        if section not in config:
+    for section, fields in FIELDS.items():
+        # Configs of runs made before there was a section lack it.
+        if section not in config and not all(field.neutral for field in fields.values()):
             raise CnnlabError(
                 f"{where}: the section {section!r} is missing; start from cnnlab.config.base()"
             )
@@ -350,6 +394,7 @@ def resolve(config: ConfigDict, where: str) -> ConfigDict:
             f"{where}: task.consistency compares two draws of augmix, so expected it as the last "
             f"of augment.transforms, got {tuple(resolved.augment.transforms)}"
         )
+    _check_defence(resolved, where)
     if resolved.optim.schedule == "one_cycle" and parse_duration(resolved, "optim.warmup").count:
         raise CnnlabError(
             f"{where}: optim.warmup: schedule one_cycle has a rise of its own (optim.rise), so "
@@ -360,6 +405,11 @@ def resolve(config: ConfigDict, where: str) -> ConfigDict:
             f"{where}: optim.milestones: expected ascending parts of the run, got "
             f"{tuple(resolved.optim.milestones)}"
         )
+    if resolved.train.monitor == "robust" and not resolved.eval.attack:
+        raise CnnlabError(
+            f"{where}: train.monitor='robust' needs an attack, such as "
+            "eval.attack='pgd(eps=0.1, steps=10)'"
+        )
     if resolved.data.validation == 0 and (
         resolved.train.patience > 0 or resolved.train.keep == "best"
     ):
@@ -368,6 +418,27 @@ def resolve(config: ConfigDict, where: str) -> ConfigDict:
             "data.validation is 0; the test split never selects anything"
         )
     return resolved
+
+
+def _check_defence(config: ConfigDict, where: str) -> None:
+    """Refuses what a defence does not go together with."""
+    name = config.defence.name
+    if name != "none" and config.task.consistency > 0:
+        raise CnnlabError(
+            f"{where}: defence.name={name!r} and task.consistency both replace the images of a "
+            "step; set one of them to none or 0"
+        )
+    if name == "free" and (config.defence.norm != "linf" or config.defence.awp > 0):
+        raise CnnlabError(
+            f"{where}: defence.name='free' expects defence.norm='linf' and defence.awp=0, got "
+            f"{config.defence.norm!r} and {config.defence.awp:g}"
+        )
+    if name == "mart" and (config.task.label_smoothing > 0 or auxiliary_heads(config)):
+        raise CnnlabError(
+            f"{where}: defence.name='mart' has a loss of its own, for hard labels and one head: "
+            "expected task.label_smoothing=0 and no auxiliary heads, got "
+            f"{config.task.label_smoothing:g} and {auxiliary_heads(config)}"
+        )
 
 
 def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -388,6 +459,8 @@ def plain(config: Mapping[str, Any]) -> dict[str, Any]:
         for name, field in fields.items():
             if field.neutral and nested.get(section, {}).get(name) == field.default:
                 del nested[section][name]
+        if not nested.get(section, True):
+            del nested[section]
     return typing.cast(dict[str, Any], json.loads(json.dumps(nested, sort_keys=True)))
 
 
@@ -440,7 +513,7 @@ def program(config: ConfigDict) -> str:
             static[key] = value
         elif isinstance(value, tuple):
             static[key] = len(value)
-        elif key in ("optim.clip_norm", "optim.ema_decay", "task.consistency"):
+        elif key in SWITCHES:
             static[key] = value > 0
     return json.dumps(static, sort_keys=True)
 
@@ -553,7 +626,10 @@ def _checked(field: Field, value: Any, key: str, where: str) -> Any:
                 raise wrong(f"a duration {'of at least 0' if field.low == 0 else 'above 0'}")
         return value
     if isinstance(value, str):
+        over = re.fullmatch(r"(\d*\.?\d+)\s*/\s*(\d*\.?\d+)", value.strip())  # 8/255
         value = _literal(value.strip().replace("true", "True").replace("false", "False"))
+        if over and kind is float and float(over[2]) > 0:
+            value = float(over[1]) / float(over[2])
     if kind is bool:
         if not isinstance(value, bool):
             raise wrong("true or false")

@@ -77,6 +77,7 @@ class Stream:
         validation: [v] int32, positions held out, ascending.
         batch_size: examples a step.
         repeats: how often an example comes in a row (Hoffer et al. 2020, "Augment your batch").
+        replays: how many steps in a row see the same batch (Shafahi et al. 2019).
     """
 
     seed: int
@@ -84,11 +85,19 @@ class Stream:
     validation: np.ndarray
     batch_size: int
     repeats: int = 1
+    replays: int = 1
     _orders: dict[int, np.ndarray] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def make(
-        cls, *, seed: int, size: int, validation: float, batch_size: int, repeats: int = 1
+        cls,
+        *,
+        seed: int,
+        size: int,
+        validation: float,
+        batch_size: int,
+        repeats: int = 1,
+        replays: int = 1,
     ) -> Stream:
         """Cuts the held-out part from `size` examples by seed.
 
@@ -98,6 +107,7 @@ class Stream:
             validation: part of them held out, 0 to 0.5.
             batch_size: examples a step.
             repeats: how often an example comes in a row.
+            replays: how many steps in a row see the same batch.
 
         Raises:
             CnnlabError: less than one batch is left to train on, or a part held out is so small
@@ -116,7 +126,7 @@ class Stream:
                 f"{batch_size}"
             )
         train, validation_part = np.sort(order[held_out:]), np.sort(order[:held_out])
-        return cls(seed, train, validation_part, batch_size, repeats)
+        return cls(seed, train, validation_part, batch_size, repeats, replays)
 
     def epoch(self, number: int) -> np.ndarray:
         """The training positions in the order of one epoch, [n] int32."""
@@ -131,7 +141,8 @@ class Stream:
 
     def batch(self, step: int) -> np.ndarray:
         """The positions of the examples of one step, [B] int32."""
-        seen = (np.arange(self.batch_size) + step * self.batch_size) // self.repeats
+        first_example = step // self.replays * self.batch_size
+        seen = (np.arange(self.batch_size) + first_example) // self.repeats
         epochs, places = np.divmod(seen, len(self.train))
         first, last = int(epochs[0]), int(epochs[-1])
         if first == last:

@@ -14,7 +14,8 @@ A run's folder holds
   split), `predictions` (predicted and true classes, `cnnlab.encoding`), `test_set`, `class_names`,
   `cost` (`parameters`, `macs`, `seconds`, `images_per_second`, `steps`, `examples`), `curves` (the
   lines of `metrics.jsonl`), `code` (that finished it), `code_history` (all that trained it),
-  `environment`, `train_fingerprint`, `parameters_sha256` (not of a diverged run).
+  `environment`, `train_fingerprint`, `parameters_sha256` (not of a diverged run), `overfitted_step`
+  (of adversarial training by single steps: where catastrophic overfitting was found, or null).
 
 Files are written whole, to a temporary name and then renamed, except the two that grow by lines; a
 line that a kill cut short is dropped when the run goes on.

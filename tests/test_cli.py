@@ -147,6 +147,108 @@ def test_train_then_eval_then_list(project, capsys):
     assert "done" in capsys.readouterr().out
 
 
+def test_certify_counts_once_and_goes_on_after_a_kill(project, capsys, monkeypatch):
+    from cnnlab.evaluation import certification
+
+    noisy = "--config.augment.transforms=gaussian_noise(std=0.25, clip=False)"
+    assert cli.main(["train", "--config", "configs/tiny.py:60 steps", noisy]) == 0
+    (folder,) = (project / "runs").iterdir()
+    command = ["certify", folder.name, "--sigma", "0.25", "--select", "10", "--samples", "40"]
+    command += ["--alpha", "0.01", "--examples", "20", "--radii", "0", "0.125", "5"]
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    def nothing(*_):
+        raise AssertionError("this was counted before")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(certification, "summary", killed)
+        assert cli.main(command) == cli.INTERRUPTED
+    monkeypatch.setattr(certification, "_adder", lambda *_: nothing)
+    capsys.readouterr()
+    assert cli.main([*command, "--json"]) == 0
+    first = json.loads(capsys.readouterr().out)
+    monkeypatch.setattr(certification, "count", nothing)
+    assert cli.main([*command, "--json", "--plot", "curve.svg"]) == 0
+    assert json.loads(capsys.readouterr().out) == first
+    assert (project / "curve.svg").exists()
+
+    (file,) = folder.glob("certified-*")
+    assert file.name == "certified-sigma0.25-select10-samples40-alpha0.01-first20.json"
+    kept = json.loads(file.read_text())
+    assert len(kept["classes"]) == len(kept["radii"]) == len(kept["right"]) == 20
+    right = np.array(kept["right"])
+    assert right.any()
+    within = right & (np.array(kept["radii"]) >= 0.125)
+    assert first["certified"] == {"0": right.mean(), "0.125": within.mean(), "5": 0}
+    assert first["abstained"] == kept["classes"].count(None) / 20
+    assert cli.main(command) == 0
+    out = capsys.readouterr().out
+    assert f"{first['average_radius']:.4f}" in out
+    assert "certified at 0.125" in out
+
+
+def test_attack_draws_a_curve_and_a_gallery(project, capsys):
+    assert cli.main(["train", "--config", "configs/tiny.py:60 steps"]) == 0
+    (folder,) = (project / "runs").iterdir()
+    command = ["attack", folder.name, "--attack", "fgsm", "--examples", "200"]
+    capsys.readouterr()
+    assert cli.main([*command, "--eps", "0.1", "--gallery", "gallery.png"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"200 examples: (\d+\.\d+) % clean, (\d+\.\d+) % under attack", said)
+    several = [*command, "--eps", "0.1", "0", "0.3", "--plot", "curve.png"]
+    assert cli.main([*several, "--json"]) == 0
+    lines = json.loads(capsys.readouterr().out)
+    assert [line["attack"] for line in lines] == [
+        f"fgsm(eps={eps}, norm='linf')" for eps in (0.0, 0.1, 0.3)
+    ]
+    accuracies = [line["top1"] for line in lines]
+    assert accuracies == sorted(accuracies, reverse=True)
+    assert accuracies[0] == lines[0]["clean"] > accuracies[-1]
+    assert all(line["low"] <= line["top1"] <= line["high"] for line in lines)
+    assert f"{100 * lines[1]['top1']:.2f} % under attack" in said
+    for file in ("gallery.png", "curve.png"):
+        assert (project / file).stat().st_size > 10_000
+    assert cli.main(several) == 0
+    assert f"{100 * lines[2]['low']:.2f} to {100 * lines[2]['high']:.2f}" in capsys.readouterr().out
+    assert not [*(folder / "chunks").glob("**/*.npz")]
+
+
+def test_an_attack_that_cannot_be_believed_fails_until_that_is_allowed(
+    project, capsys, monkeypatch
+):
+    from cnnlab.evaluation import checklist, robustness
+    from cnnlab.training import run
+    from cnnlab.training.step import Programs
+
+    def outputs(*_):
+        return [checklist.Finding("zero-gradients", "overestimate", "flat", {"part": 1.0})]
+
+    assert cli.main(["train", "--config", "configs/tiny.py:5 steps"]) == 0
+    (folder,) = (project / "runs").iterdir()
+    monkeypatch.setattr(checklist, "outputs", outputs)
+    attack = robustness.attack
+    monkeypatch.delattr(robustness, "attack")  # it is not reached
+    command = ["attack", folder.name, "--attack", "fgsm", "--examples", "50", "--eps", "0.1"]
+    assert cli.main(command) == 3
+    assert "zero-gradients: flat. To accept it all the same" in capsys.readouterr().err
+    assert cli.main([*command, "--allow", "probabilities"]) == 3
+    name = "fgsm(eps=0.1), first 50"
+    with pytest.raises(checklist.UntrustworthyError, match="zero-gradients"):  # as a table does
+        run.extend(folder, [name], Programs())
+    monkeypatch.setattr(robustness, "attack", attack, raising=False)
+    capsys.readouterr()
+    assert cli.main([*command, "--allow", "zero-gradients", "--json"]) == 0
+    (finding,) = json.loads(capsys.readouterr().out)["findings"]
+    assert finding["figures"] == {"part": 1.0}
+    assert cli.main(command) == 3  # the score is there, and so is what was found
+    monkeypatch.setattr(checklist, "full", lambda *_, **__: outputs())
+    allowed = [*command, "--allow", "zero-gradients", "--checklist"]
+    assert cli.main(allowed) == 0
+    assert "checklist of 8, 50 examples, eps 0.1: zero-gradients" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("what", cli.LISTS)
 def test_every_list_lists_something(what, root, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(root)

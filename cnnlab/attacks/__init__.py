@@ -26,7 +26,13 @@ from typing import Any, Protocol
 import jax
 
 from cnnlab import registry
+from cnnlab.attacks._balls import NORMS, per_example, project, random_start, steepest
 from cnnlab.types import CnnlabError
+
+__all__ = [
+    "NORMS", "Attack", "LogitsFn", "create", "per_example", "project", "random_start", "steepest",
+    "strength",
+]  # fmt: skip
 
 LogitsFn = Callable[[jax.Array], jax.Array]
 """Pixels [B, H, W, C] in [0, 1] -> logits [B, K]."""

@@ -92,7 +92,7 @@ def blur(image: jax.Array, kernel_size: int, sigma: jax.Array) -> jax.Array:
 
 
 def gaussian_noise(
-    key: jax.Array, example: Batch, *, std: Annotated[float, Range(0)] = 0.1
+    key: jax.Array, example: Batch, *, std: Annotated[float, Range(0)] = 0.1, clip: bool = True
 ) -> Batch:
     """Adds normal noise to every value of every pixel and clips to [0, 1] (`GaussianNoise`).
 
@@ -100,9 +100,11 @@ def gaussian_noise(
         key: a typed key.
         example: `images` [H, W, C].
         std: standard deviation, of pixels in [0, 1].
+        clip: whether to clip; not so for networks that randomised smoothing certifies (Cohen et al.
+            2019, section 3.3), and then last: other transforms take images in [0, 1].
     """
-    noise = std * jax.random.normal(key, example.images.shape)
-    return dataclasses.replace(example, images=jnp.clip(example.images + noise, 0, 1))
+    noisy = example.images + std * jax.random.normal(key, example.images.shape)
+    return dataclasses.replace(example, images=jnp.clip(noisy, 0, 1) if clip else noisy)
 
 
 PLUGINS = {

@@ -2,23 +2,25 @@
 
 An attack is told as text, `"pgd(eps=0.1, steps=40)"` or `"autoattack(eps=8/255)"`: a name of
 `cnnlab list attacks` with its arguments. An example counts as robust if the model is right on the
-clean image and on the adversarial one.
+clean image and on the adversarial one. `cnnlab.evaluation.checklist` says whether to believe it.
 """
 
 from __future__ import annotations
 
 import ast
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cnnlab import attacks, backend, keys, registry
+from cnnlab import attacks, backend, keys, record, registry
 from cnnlab.attacks import autoattack
-from cnnlab.types import CnnlabError, PyTree
+from cnnlab.evaluation import chunks
+from cnnlab.types import CnnlabError, Examples, PyTree, fingerprint
 
 LogitsOf = Callable[[PyTree, jax.Array], jax.Array]
 """(variables, pixels [B, H, W, C] in [0, 1]) -> logits [B, K], evaluation mode."""
@@ -26,19 +28,24 @@ LogitsOf = Callable[[PyTree, jax.Array], jax.Array]
 CHUNK = 256
 """Examples that are attacked at a time."""
 
+_BATCHES = 2
+"""Batches of `CHUNK` that an ensemble, which attacks several at a time, finishes together."""
+
 
 class Outcome(NamedTuple):
     """What an attack did.
 
     Attributes:
-        images: [N, H, W, C] float32 in [0, 1], attacked.
+        images: [N, H, W, C] float32 in [0, 1], attacked; `None` where they were not asked for.
         clean: [N] bool, whether the model is right on the images as they are.
         robust: [N] bool, whether it is right before and after.
+        attacked: [N] bool, whether it is right after, right before or not.
     """
 
-    images: np.ndarray
+    images: np.ndarray | None
     clean: np.ndarray
     robust: np.ndarray
+    attacked: np.ndarray
 
 
 def parse(text: str) -> tuple[str, dict[str, Any]]:
@@ -75,8 +82,14 @@ def attack(
     labels: np.ndarray,
     *,
     seed: int = 0,
+    positions: np.ndarray | None = None,
+    with_images: bool = True,
+    folder: Path | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> Outcome:
     """Attacks all examples, in chunks.
+
+    Attacks that differ in `eps` only share one compilation for each function `logits_of`.
 
     Args:
         text: which attack; see `parse`.
@@ -85,35 +98,95 @@ def attack(
         images: [N, H, W, C] uint8.
         labels: [N] int32.
         seed: of the attack's draws; example i draws the same in any chunk.
+        positions: [N], at which the examples stand in the set whose draws they take; in order from
+            0 if `None`.
+        with_images: whether to give back, and keep, the attacked images.
+        folder: where finished chunks are kept, so that a kill loses one at most; see
+            `chunks.collect`. Call `chunks.clear` once the outcome is safe.
+        about: what tells `logits_of` from others, as plain JSON values: a config's identity, say.
+            The attack, the variables, the examples and the seed are added.
 
     Raises:
         CnnlabError: the attack does not fit.
     """
     name, given = parse(text)
-    pixels = np.asarray(images, np.float32) / 255
     labels = np.asarray(labels, np.int32)
-    own = keys.per_example(keys.key(seed, f"attack {text}"), len(pixels))
+    own = keys.key(seed, f"attack {text}")
+    if positions is None:
+        positions = np.arange(len(images))
+    drawn = keys.per_example(own, int(np.max(positions)) + 1)[positions]
     plugin = registry.get("attacks", name)
-    if plugin.function is autoattack.perturb:
-        found = autoattack.run(
-            own, logits_of, variables, pixels, labels, **(plugin.fields | given), chunk=CHUNK
-        )
-        return Outcome(found.images, found.correct, found.robust)
-    made = attacks.create(name, **given)
+    ensemble = plugin.function is autoattack.perturb
+    batch = min(CHUNK, len(images))
 
-    @backend.jit
-    def one_chunk(
-        variables: PyTree, own: jax.Array, pixels: jax.Array, labels: jax.Array
+    def compute(rows: np.ndarray) -> chunks.Arrays:
+        pixels = np.asarray(images[rows], np.float32) / 255
+        if ensemble:
+            found = autoattack.run(
+                drawn[rows], logits_of, variables, pixels, labels[rows],
+                **(plugin.fields | given), chunk=CHUNK,
+            )  # fmt: skip
+            made = [found.images, found.correct, found.robust]
+        else:
+            fill = np.pad(np.arange(len(rows)), (0, batch - len(rows)), mode="edge")
+            eps = {key: jnp.float32(value) for key, value in given.items() if key == "eps"}
+            fixed = tuple(sorted((k, v) for k, v in given.items() if k != "eps"))
+            program = _program(logits_of, name, fixed)
+            parts = program(variables, eps, drawn[rows][fill], pixels[fill], labels[rows][fill])
+            made = [np.asarray(each)[: len(rows)] for each in parts]
+        arrays = dict(zip(("images", "clean", "attacked"), made, strict=True))
+        return arrays if with_images else {k: v for k, v in arrays.items() if k != "images"}
+
+    known: dict[str, Any] = {}
+    if folder is not None:
+        known = {
+            **(about or {}),
+            "attack": text,
+            "seed": seed,
+            "variables": record.parameters_sha256(variables),
+            "examples": fingerprint(Examples(images, labels)),
+            "positions": positions.tolist(),
+            "with_images": with_images,
+        }
+    size = CHUNK * _BATCHES if ensemble else CHUNK
+    found = chunks.collect(compute, len(images), size, folder=folder, about=known)
+    clean, attacked = found["clean"], found["attacked"]
+    return Outcome(found.get("images"), clean, clean & attacked, attacked)
+
+
+def interval(robust: np.ndarray) -> tuple[float, float]:
+    """The 95 % confidence interval of an accuracy over examples.
+
+    Clopper & Pearson 1934, "The use of confidence or fiducial limits illustrated in the case of the
+    binomial": exact, and so a little wide.
+
+    Args:
+        robust: [N] bool, an example each.
+    """
+    from scipy import stats
+
+    found = stats.binomtest(int(robust.sum()), len(robust)).proportion_ci(0.95, method="exact")
+    return float(found.low), float(found.high)
+
+
+@functools.lru_cache(maxsize=64)
+def _program(
+    logits_of: LogitsOf, name: str, fixed: tuple[tuple[str, Any], ...]
+) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
+    """(variables, {"eps": ...}, keys, pixels, labels) -> attacked, right before, right after."""
+
+    def run(
+        variables: PyTree,
+        eps: dict[str, jax.Array],
+        own: jax.Array,
+        pixels: jax.Array,
+        labels: jax.Array,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         model = functools.partial(logits_of, variables)
+        made = attacks.create(name, **dict(fixed), **eps)
         changed = made(own, model, pixels, labels)
-        right = [jnp.argmax(model(x), -1) == labels for x in (pixels, changed)]
-        return changed, right[0], right[0] & right[1]
+        before, after = (jnp.argmax(model(x), -1) == labels for x in (pixels, changed))
+        return changed, before, after
 
-    parts = []
-    for start in range(0, len(pixels), CHUNK):
-        rows = np.arange(start, min(start + CHUNK, len(pixels)))
-        padded = np.pad(rows, (0, min(CHUNK, len(pixels)) - len(rows)), mode="edge")
-        result = one_chunk(variables, own[padded], pixels[padded], labels[padded])
-        parts.append([np.asarray(each)[: len(rows)] for each in result])
-    return Outcome(*(np.concatenate(each) for each in zip(*parts, strict=True)))
+    program: Callable[..., tuple[jax.Array, jax.Array, jax.Array]] = backend.jit(run)
+    return program

@@ -313,6 +313,36 @@ def mistakes(
     return save(draw, path, (1.2 * columns, 1.62 * lines + 0.35))
 
 
+def certified_accuracy(
+    certified: Mapping[str, tuple[np.ndarray, np.ndarray]], path: str | os.PathLike[str]
+) -> Path:
+    """Certified accuracy against the L2 radius, exactly: a step at the radius of each example.
+
+    Args:
+        certified: what to call a classifier -> the certified radius of each example, [N], and
+            whether it is certified as its true class, [N].
+        path: where to.
+    """
+
+    def draw(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        for i, (name, (radii, right)) in enumerate(certified.items()):
+            reach = np.sort(np.asarray(radii, np.float64)[np.asarray(right, bool)])
+            ends = np.array([0, *reach, *reach[-1:]])
+            standing = np.array([len(reach), *range(len(reach), -1, -1)])[: len(ends)]
+            axes.step(
+                ends, 100 * standing / len(right), where="pre", color=COLOURS[i % len(COLOURS)],
+                linestyle=LINES[i % len(LINES)], linewidth=1.4, label=name,
+            )  # fmt: skip
+        axes.set_xlim(left=0)
+        axes.set_ylim(0, 100)
+        axes.set_xlabel("L2 radius, of pixels in [0, 1]")
+        axes.set_ylabel("Certified accuracy (%)")
+        axes.legend()
+
+    return save(draw, path, (5.2, 3.6))
+
+
 def write_all(
     spec: TableSpec,
     records: Iterable[Record],

@@ -120,6 +120,13 @@ COLUMNS: dict[str, Column] = {
     ),
     "macs": Column("MACs", lambda r: r["cost"]["macs"], compact, None, "", of_model=True),
     "seconds": Column("Training (s)", lambda r: r["cost"]["seconds"], "{:.1f}".format, False, "s"),
+    "seconds_per_epoch": Column(
+        "Seconds an epoch",
+        lambda r: r["cost"]["seconds"] / r["curves"][-1]["epoch"],
+        "{:.1f}".format,
+        False,
+        "s",
+    ),
     "images_per_second": Column(
         "Images/s", lambda r: r["cost"]["images_per_second"], "{:.0f}".format, True, "1/s"
     ),
@@ -621,6 +628,15 @@ def _notes(
                 f"{row.name}: {len(row.diverged)} of {planned - len(row.missing)} diverged "
                 f"({where}){rest}."
             )
+    for name, seeds in _grouped(
+        (record["row"], f"seed {record['seed']} from step {record['overfitted_step']}")
+        for record in everything
+        if record.get("overfitted_step") is not None
+    ).items():
+        yield (
+            f"{name}: catastrophic overfitting ({_listed(seeds)}): training examples stand the "
+            "training's single step but not PGD-10 in the same ball."
+        )
     if spec.published:
         yield f"Published: {spec.published_source}. Difference: ours minus published."
     for label, describe, consequence in (

@@ -59,6 +59,7 @@ def execute(
     should_stop: Callable[[], bool] = lambda: False,
     together: int = 1,
     extras: Sequence[str] = (),
+    allow: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Brings all runs to their end and returns their records, in the order of `runs`.
 
@@ -76,6 +77,7 @@ def execute(
         together: how many runs of a cohort are trained at once, as one program; 0: all. They equal
             their solo runs up to float rounding.
         extras: scores to measure after training, of `run.EXTRAS`.
+        allow: findings about attacks that are accepted, of `checklist.CHECKS`.
 
     Raises:
         CnnlabError: something does not fit.
@@ -118,7 +120,8 @@ def execute(
                         progress.end(same, result)
     if extras:
         for run in runs:
-            records[run.identity] = run_lib.extend(runs_folder / run.folder, extras, programs)
+            folder = runs_folder / run.folder
+            records[run.identity] = run_lib.extend(folder, extras, programs, allow=allow)
             if should_stop():
                 raise loop.Interrupted
     return [records[run.identity] | {"row": run.row} for run in runs]

@@ -15,7 +15,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from cnnlab import config as config_lib
-from cnnlab.evaluation import corruption, robustness
+from cnnlab.evaluation import checklist, corruption, robustness
 from cnnlab.registry import did_you_mean
 from cnnlab.reporting import figures, tables
 from cnnlab.types import CnnlabError
@@ -36,6 +36,8 @@ class Experiment:
         columns: what the table shows; names of `cnnlab.reporting.tables`.
         attacks: one more column each, the accuracy under it: `"pgd(eps=0.1, steps=40)"`.
         attack_examples: how many examples of the test split are attacked, the first.
+        allow: names of `cnnlab.evaluation.checklist.CHECKS` whose findings are accepted; any other
+            ends the table with an error, as an accuracy under attack could not be believed.
         published: row -> column -> a published number, or (mean, std), in the unit of the column.
         published_source: the paper and table that they are from.
         figures: which figures to draw; names of `cnnlab.reporting.figures`.
@@ -50,6 +52,7 @@ class Experiment:
     published_source: str = ""
     attacks: Sequence[str] = ()
     attack_examples: int = 1000
+    allow: Sequence[str] = ()
     figures: Sequence[str] = ("score_cost", "curves", "confusion", "mistakes")
 
     def __post_init__(self) -> None:
@@ -114,6 +117,7 @@ class Loaded:
         runs: all rows times all seeds, row by row.
         figures: which figures to draw.
         extras: scores that its columns need beside those of every run.
+        allow: findings about attacks that are accepted.
     """
 
     name: str
@@ -121,6 +125,7 @@ class Loaded:
     runs: tuple[Run, ...]
     figures: tuple[str, ...]
     extras: tuple[str, ...] = ()
+    allow: tuple[str, ...] = ()
 
 
 def load(path: Path) -> Loaded:
@@ -191,6 +196,10 @@ def expand(path: Path, module: Any, made: Any) -> Loaded:
             robustness.parse(attack)
         except CnnlabError as error:
             raise CnnlabError(f"{path}: attacks: {error}") from None
+    try:
+        checklist.check_names(made.allow)
+    except CnnlabError as error:
+        raise CnnlabError(f"{path}: {error}") from None
     if made.attack_examples < 1:
         raise CnnlabError(
             f"{path}: attack_examples: expected at least 1, got {made.attack_examples}"
@@ -226,7 +235,12 @@ def expand(path: Path, module: Any, made: Any) -> Loaded:
         )
     extras = dict.fromkeys(tables.column(name).extra for name in columns)
     return Loaded(
-        path.stem, spec, tuple(runs), tuple(made.figures), tuple(name for name in extras if name)
+        path.stem,
+        spec,
+        tuple(runs),
+        tuple(made.figures),
+        tuple(name for name in extras if name),
+        tuple(made.allow),
     )
 
 

@@ -109,6 +109,8 @@ class LiveProgress:
                 f"top-1 {100 * top1:.2f} % · {seconds:.0f} s · "
                 f"{result['cost']['images_per_second']:,.0f} images/s"
             )
+        if result.get("overfitted_step") is not None:
+            outcome += f" · catastrophic overfitting from step {result['overfitted_step']}"
         self._console.print(
             f"{run.row}, seed {run.seed}: {outcome} · {self._runs_folder / run.folder}",
             highlight=False,

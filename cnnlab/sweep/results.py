@@ -136,6 +136,11 @@ def show_scores(console: Console, result: Mapping[str, Any], folder: Path) -> No
         console.print(f"{folder}: the loss was not finite at step {result['diverged_step']}")
         return
     print_scores(console, f"{folder.name}, test split", result["scores"]["test"])
+    if result.get("overfitted_step") is not None:
+        console.print(
+            f"catastrophic overfitting from step {result['overfitted_step']}: training examples "
+            "stand the training's single step but not PGD-10 in the same ball"
+        )
 
 
 def print_scores(console: Console, title: str, scores: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ from cnnlab.checkpoint import Checkpoints
 from cnnlab.evaluation import scores
 from cnnlab.pipeline import Split, Stream
 from cnnlab.record import RunFolder
-from cnnlab.training import optim
+from cnnlab.training import defence, optim
 from cnnlab.training.step import Program
 from cnnlab.types import CnnlabError, PyTree, TrainState
 
@@ -33,11 +33,11 @@ class Event:
     """Something that happened in a run; callbacks take one.
 
     Attributes:
-        name: `start`, `step`, `log`, `eval`, `checkpoint`, `stop` or `end`.
+        name: `start`, `step`, `log`, `eval`, `overfitting`, `checkpoint`, `stop` or `end`.
         step: updates done.
         steps: updates in all.
         metrics: of this event: `loss` at `step`; the new line at `log`; the validation scores at
-            `eval`; empty elsewhere.
+            `eval`; accuracies of training examples under attack at `overfitting`; empty elsewhere.
         read_state: gives the training state; its buffers live until the callback returns.
     """
 
@@ -74,6 +74,7 @@ class Note:
         together: how many runs were trained together, at most.
         code: the code and JAX versions that trained it, in order.
         data: fingerprint of the training split.
+        overfitted: the first evaluation that found catastrophic overfitting (`defence.overfitted`).
     """
 
     sums: dict[str, list[float]] = dataclasses.field(default_factory=dict)
@@ -84,6 +85,7 @@ class Note:
     together: int = 1
     code: list[str] = dataclasses.field(default_factory=list)
     data: str = ""
+    overfitted: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -349,8 +351,9 @@ class _Track:
             validation = found
             improved = _judge(self.note, validation, config.train.monitor, step)
             self.emit("eval", step, state_of, validation)
+        training = self._hold_against(state, step) if happens["eval"] else {}
         if happens["log"] or validation:
-            self._log(step, validation, state_of)
+            self._log(step, {"validation": validation, "train": training}, state_of)
         best = improved and config.train.keep == "best"
         if happens["checkpoint"] or stopping or best or self.stopped_early:
             monitored = self.note.best if best else None
@@ -368,16 +371,56 @@ class _Track:
         )
         if not np.isfinite(logits).all():
             return None
-        return scores.summary(logits, self.split.examples.labels[positions])
+        found = scores.summary(logits, self.split.examples.labels[positions])
+        if "validation" in self.program.attacked:
+            found["robust"] = self._under("validation", state, positions)
+        return found
+
+    def _under(self, purpose: str, state: TrainState, positions: np.ndarray) -> float:
+        """The accuracy at these positions under one of the program's attacks."""
+        config = self.member.config
+        logits = scores.predict(
+            lambda taken: self.program.attacked[purpose](
+                *scored(state),
+                self.split.images,
+                self.split.labels,
+                taken,
+                jnp.int32(config.seed),
+                self.hyper,
+            ),
+            positions,
+            config.eval.batch_size,
+        )
+        return scores.summary(logits, self.split.examples.labels[positions])["top1"]
+
+    def _hold_against(self, state: TrainState, step: int) -> dict[str, float]:
+        """How training examples stand the training's own single step, and a stronger attack."""
+        if "own" not in self.program.attacked:
+            return {}
+        positions = self.member.stream.train[: defence.CHECKED]
+        found = {
+            f"robust_{purpose}": self._under(purpose, state, positions)
+            for purpose in ("own", "stronger")
+        }
+        if self.note.overfitted is None and defence.overfitted(
+            own=found["robust_own"], stronger=found["robust_stronger"]
+        ):
+            self.note.overfitted = step
+            self.emit("overfitting", step, lambda: state, found)
+        return found
 
     def _log(
-        self, step: int, validation: Mapping[str, float], state_of: Callable[[], TrainState]
+        self,
+        step: int,
+        found: Mapping[str, Mapping[str, float]],
+        state_of: Callable[[], TrainState],
     ) -> None:
         config, stream = self.member.config, self.member.stream
         row = {"step": step, "epoch": step * config.train.batch_size / len(stream.train)}
         for name, (total, count) in self.note.sums.items():
             row[name if name == "learning_rate" else f"train/{name}"] = float(total / count)
-        row |= {f"validation/{name}": value for name, value in validation.items()}
+        for split, values in found.items():
+            row |= {f"{split}/{name}": value for name, value in values.items()}
         self.note.sums.clear()
         self.member.folder.log(row, self.note.seconds)
         self.emit("log", step, state_of, row)

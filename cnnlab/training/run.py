@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from ml_collections import ConfigDict
 from cnnlab import config as config_lib
 from cnnlab import describe, encoding, parallel, pipeline, record
 from cnnlab.checkpoint import Checkpoints
-from cnnlab.evaluation import corruption, robustness, scores
-from cnnlab.training import loop, optim
+from cnnlab.evaluation import checklist, chunks, corruption, robustness, scores
+from cnnlab.training import defence, loop, optim
 from cnnlab.training.step import Program, Programs
 from cnnlab.types import CnnlabError, TrainState
 
@@ -39,6 +40,7 @@ def make_stream(config: ConfigDict, split: pipeline.Split) -> pipeline.Stream:
         validation=config.data.validation,
         batch_size=config.train.batch_size,
         repeats=config.augment.repeats,
+        replays=config.defence.replays if config.defence.name == "free" else 1,
     )
 
 
@@ -121,29 +123,37 @@ def train(
     return [results[job.path] for job in jobs]
 
 
-def extend(path: Path, wanted: Sequence[str], programs: Programs) -> dict[str, Any]:
+def extend(
+    path: Path, wanted: Sequence[str], programs: Programs, *, allow: Sequence[str] = ()
+) -> dict[str, Any]:
     """The record of a finished run with these scores, too; each is measured once and kept.
 
     Args:
         path: the run's folder.
         wanted: names in `EXTRAS`, or attacks: `"pgd(eps=0.1), first 1000"`, of the test split.
         programs: shared.
+        allow: names of `checklist.CHECKS` whose findings are accepted.
 
     Raises:
         CnnlabError: the run is not finished, or has no checkpoint any more.
+        UntrustworthyError: an attack's score, new or kept, has a finding that is not allowed.
     """
     result = record.read_result(path)
     if result is None:
         raise CnnlabError(f"{path} is not finished; train the run first")
     for name in wanted:
-        if result["status"] != "done" or name in result["scores"]:
+        if result["status"] != "done":
+            continue
+        if name in result["scores"]:
+            _require(result["scores"][name].get("findings", ()), allow)
             continue
         config, program, state, _ = restore(path, programs)
+        place = path / "chunks" / hashlib.sha256(name.encode()).hexdigest()[:16]
         with record.RunFolder(path, config) as folder:
-            result = result | {
-                "scores": result["scores"] | {name: _extra(name)(config, program, state)}
-            }
+            measured = _extra(name, place, allow)(config, program, state)
+            result = result | {"scores": result["scores"] | {name: measured}}
             folder.finish(result)
+            chunks.clear(place)
     return result
 
 
@@ -174,33 +184,72 @@ def _corrupted(config: ConfigDict, program: Program, state: TrainState) -> dict[
 
 
 def _attacked(
-    text: str, examples: int, config: ConfigDict, program: Program, state: TrainState
+    text: str,
+    examples: int,
+    place: Path,
+    allow: Sequence[str],
+    config: ConfigDict,
+    program: Program,
+    state: TrainState,
 ) -> dict[str, Any]:
     """Accuracy on the first examples of the test split under an attack.
 
+    Args:
+        text: the attack.
+        examples: how many.
+        place: where finished chunks are kept.
+        allow: findings that are accepted; others end it, before the attack where that is possible.
+        config: the run's.
+        program: the run's.
+        state: the run's.
+
     Returns:
         `top1`: part that is right before and after; `clean`: before; `robust`: 1 or 0 for each
-        example, encoded.
+        example, encoded; `findings`: those that were allowed, as dicts.
     """
     split = load_split(config, "test")
+    images, labels = split.examples.images[:examples], split.examples.labels[:examples]
+    variables = loop.scored(state)
+    findings = checklist.outputs(program.logits_of, variables, images, labels)
+    _require(map(dataclasses.asdict, findings), allow)
     found = robustness.attack(
         text,
         program.logits_of,
-        loop.scored(state),
-        split.examples.images[:examples],
-        split.examples.labels[:examples],
+        variables,
+        images,
+        labels,
         seed=config.seed,
+        with_images=False,
+        folder=place,
+        about={"identity": config_lib.identity(config)},
     )
+    findings += checklist.above_clean(found.clean, found.attacked)
+    plain = [dataclasses.asdict(finding) for finding in findings]
+    _require(plain, allow)
     return {
         "top1": float(found.robust.mean()),
         "clean": float(found.clean.mean()),
         "robust": encoding.encode_labels(found.robust.astype(np.int32)),
+        "findings": plain,
     }
 
 
-def _extra(name: str) -> Callable[[ConfigDict, Program, TrainState], dict[str, Any]]:
+def _require(findings: Iterable[Mapping[str, Any]], allow: Sequence[str]) -> None:
+    """Ends it where a finding, as a record holds it, is not allowed."""
+    checklist.require(
+        [checklist.Finding(**finding) for finding in findings],
+        allow,
+        "name it: --allow NAME of `cnnlab attack`, Experiment(allow=(NAME,)) of a table",
+    )
+
+
+def _extra(
+    name: str, place: Path, allow: Sequence[str]
+) -> Callable[[ConfigDict, Program, TrainState], dict[str, Any]]:
     attack, several, examples = name.rpartition(", first ")
-    return functools.partial(_attacked, attack, int(examples)) if several else EXTRAS[name]
+    if not several:
+        return EXTRAS[name]
+    return functools.partial(_attacked, attack, int(examples), place, allow)
 
 
 EXTRAS: dict[str, Callable[[ConfigDict, Program, TrainState], dict[str, Any]]] = {
@@ -289,6 +338,7 @@ def _result(
         "config": config_lib.plain(config),
         "status": "done" if outcome.diverged_step is None else "diverged",
         "diverged_step": outcome.diverged_step,
+        **({"overfitted_step": outcome.note.overfitted} if defence.single_step(config) else {}),
         "scores": {},
         "class_names": list(info.class_names),
         "cost": {

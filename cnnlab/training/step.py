@@ -7,6 +7,7 @@ is an argument, so one compilation serves them all.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,10 +19,14 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from cnnlab import augment, backend, keys, models, parallel, registry
+from cnnlab import attacks, augment, backend, keys, models, parallel, registry
 from cnnlab import config as config_lib
-from cnnlab.training import optim
-from cnnlab.types import Batch, DatasetInfo, Hyper, Outputs, PyTree, TrainState
+from cnnlab.evaluation import robustness
+from cnnlab.training import defence, optim
+from cnnlab.types import Batch, CnnlabError, DatasetInfo, Hyper, Outputs, PyTree, TrainState
+
+_Passed = tuple[Outputs, Outputs | None, PyTree]
+"""Outputs on what is trained on, on clean images where both are seen, and moved statistics."""
 
 
 @dataclasses.dataclass
@@ -43,6 +48,9 @@ class Program:
         logits: (params, batch_stats, images, indices) -> [E, K] float32, in evaluation mode.
         logits_of: ((params, batch_stats), images [B, H, W, C] in [0, 1]) -> [B, K] float32, in
             evaluation mode; not compiled: attacks differentiate and compile it.
+        attacked: purpose -> (params, batch_stats, images, labels, indices, seed, hyper) -> logits
+            [E, K] of attacked images: `validation` (`eval.attack`) and, to see catastrophic
+            overfitting, `own` and `stronger`; see `defence`.
         metric_names: the rows of the metrics of `train_step`; known once it has been traced.
         traces: how often `train_step` has been traced; 1 however many runs share the program.
         compiled: of how many runs at once there are compiled updates.
@@ -57,6 +65,7 @@ class Program:
     member: Callable[[TrainState, int], TrainState]
     logits: Callable[..., jax.Array]
     logits_of: Callable[[PyTree, jax.Array], jax.Array]
+    attacked: dict[str, Callable[..., jax.Array]]
     metric_names: tuple[str, ...] = ()
     traces: int = 0
     compiled: set[int] = dataclasses.field(default_factory=set)
@@ -86,6 +95,8 @@ def make_program(config: ConfigDict, info: DatasetInfo) -> Program:
     module = models.create(config.model.name, num_outputs=task.output_channels(info), **fields)
     transforms = tuple(config.augment.transforms)
     transform, soft = augment.compose(transforms), augment.soft_labels(transforms)
+    defence.check_labels(config, soft)
+    guard, perturbed_weights = config.defence.name, config.defence.awp > 0
     consistent = config.task.consistency > 0
     if consistent:  # the last one, augmix, makes the views
         transform, mix = augment.compose(transforms[:-1]), augment.compose(transforms[-1:])
@@ -101,11 +112,14 @@ def make_program(config: ConfigDict, info: DatasetInfo) -> Program:
     def init_state(variables: PyTree, hyper: Hyper) -> TrainState:
         params, batch_stats = variables["params"], variables.get("batch_stats", {})
         rate = optim.learning_rate(config.optim.schedule, jnp.int32(0), hyper)
+        opt_state = optim.optimizer(config, hyper, rate).init(params)
+        if guard == "free":
+            opt_state = (opt_state, jnp.zeros((config.train.batch_size, *info.image_shape)))
         return TrainState(
             step=jnp.int32(0),
             params=params,
             batch_stats=batch_stats,
-            opt_state=optim.optimizer(config, hyper, rate).init(params),
+            opt_state=opt_state,
             ema=averaged(params, batch_stats) if config.optim.ema_decay > 0 else None,
         )
 
@@ -121,11 +135,11 @@ def make_program(config: ConfigDict, info: DatasetInfo) -> Program:
         return place(module.lazy_init(rngs, example, train=True), hyper)
 
     def forward(
-        params: PyTree, batch_stats: PyTree, batch: Batch, dropout_key: jax.Array
+        params: PyTree, batch_stats: PyTree, images: jax.Array, dropout_key: jax.Array
     ) -> tuple[Outputs, PyTree]:
         outputs, updated = module.apply(
             {"params": params, "batch_stats": batch_stats},
-            normalise(batch.images),
+            normalise(images),
             train=True,
             mutable=["batch_stats"],
             rngs={"dropout": dropout_key},
@@ -145,7 +159,8 @@ def make_program(config: ConfigDict, info: DatasetInfo) -> Program:
         if soft:
             targets = jax.nn.one_hot(targets, info.num_classes)
         batch = Batch(pixels(images, indices), targets, jnp.ones(len(indices)))
-        numbers, key = hyper["augment.transforms"], keys.key(seed, "augment", state.step)
+        shown = state.step // config.defence.replays if guard == "free" else state.step
+        numbers, key = hyper["augment.transforms"], keys.key(seed, "augment", shown)
         if consistent:
             shared = len(numbers) - mix.count
             batch = transform(key, batch, numbers[:shared])
@@ -159,26 +174,66 @@ def make_program(config: ConfigDict, info: DatasetInfo) -> Program:
             batch = transform(key, batch, numbers)
         decay = optim.aux_decay(config.task.aux_schedule, state.step, hyper)
         scheduled = Hyper(hyper.values | {"task.aux_weight": hyper["task.aux_weight"] * decay})
-
-        def objective(params: PyTree) -> tuple[jax.Array, tuple[Outputs, PyTree]]:
-            outputs, batch_stats = forward(
-                params, state.batch_stats, batch, keys.key(seed, "dropout", state.step)
+        dropout_key, opt_state = keys.key(seed, "dropout", state.step), state.opt_state
+        hard = batch.labels.ndim == 1
+        probabilities = jax.nn.one_hot(batch.labels, info.num_classes) if hard else batch.labels
+        shifted = batch.images  # what the network is trained on
+        if guard == "free":
+            opt_state, kept = opt_state
+            shifted = jnp.clip(batch.images + kept, 0, 1)
+        elif guard != "none":
+            shifted = defence.perturb(
+                config,
+                keys.key(seed, "attack", state.step),
+                (
+                    lambda x: forward(state.params, state.batch_stats, x, dropout_key)[0].logits,
+                    lambda x: logits_of((state.params, state.batch_stats), x),
+                ),
+                batch.images,
+                probabilities,
+                hyper,
             )
-            apart = 0.0
+
+        def objective(params: PyTree, shifted: jax.Array) -> tuple[jax.Array, _Passed]:
+            batch_stats, clean = state.batch_stats, None
+            if guard in ("trades", "mart"):
+                clean, batch_stats = forward(params, batch_stats, batch.images, dropout_key)
+            outputs, batch_stats = forward(params, batch_stats, shifted, dropout_key)
             if consistent:
                 views = outputs.logits.reshape(3, len(indices), -1)
-                apart = hyper["task.consistency"] * task.consistency(views)
                 outputs = jax.tree.map(lambda x: x[: len(indices)], outputs)
-            losses = task.loss(outputs, batch, scheduled) + apart
-            return (losses * batch.weights).sum() / batch.weights.sum(), (outputs, batch_stats)
+                losses = task.loss(outputs, batch, scheduled)
+                losses += hyper["task.consistency"] * task.consistency(views)
+            elif clean is None:
+                losses = task.loss(outputs, batch, scheduled)
+            else:
+                pair, beta = (clean.logits, outputs.logits), hyper["defence.beta"]
+                if guard == "trades":
+                    losses = defence.trades(task.loss(clean, batch, scheduled), *pair, beta)
+                else:
+                    losses = defence.mart(probabilities, *pair, beta)
+            mean = (losses * batch.weights).sum() / batch.weights.sum()
+            return mean, (outputs, clean, batch_stats)
 
-        (loss, (outputs, batch_stats)), gradients = jax.value_and_grad(objective, has_aux=True)(
-            state.params
-        )
+        params = state.params
+        if perturbed_weights:
+            params = defence.move_weights(
+                lambda p: objective(p, shifted)[0], params, hyper["defence.awp"]
+            )
+        (loss, (outputs, clean, batch_stats)), gradients = jax.value_and_grad(
+            objective, argnums=(0, 1) if guard == "free" else 0, has_aux=True
+        )(params, shifted)
+        if guard == "free":
+            gradients, uphill = gradients
+            eps = hyper["defence.eps"]
+            kept += defence.length(config, hyper) * eps * jnp.sign(uphill)
+            kept = jnp.clip(kept, -eps, eps)
         rate = optim.learning_rate(config.optim.schedule, state.step, hyper)
         updates, opt_state = optim.optimizer(config, hyper, rate).update(
-            gradients, state.opt_state, state.params
+            gradients, opt_state, state.params
         )
+        if guard == "free":
+            opt_state = (opt_state, kept)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
         if ema is not None:
@@ -187,6 +242,8 @@ def make_program(config: ConfigDict, info: DatasetInfo) -> Program:
             ema = optim.average(ema, current, state.step, hyper["optim.ema_decay"])
         count = batch.weights.sum()
         measured = {"loss": (loss * count, count)} | task.metrics(outputs, batch)
+        if clean is not None:
+            measured |= {f"clean/{k}": v for k, v in task.metrics(clean, batch).items()}
         measured["learning_rate"] = (rate, jnp.ones(()))
         program.metric_names = tuple(head_names(name) for name in measured)
         packed = jnp.stack([jnp.stack(pair) for pair in measured.values()])
@@ -203,12 +260,41 @@ def make_program(config: ConfigDict, info: DatasetInfo) -> Program:
         outputs: Any = module.apply(named, normalise(images), train=False)
         return outputs.logits
 
+    def attacked_logits(make: Callable[[Hyper], attacks.Attack], purpose: str) -> Any:
+        def run(
+            params: PyTree,
+            batch_stats: PyTree,
+            images: jax.Array,
+            labels: jax.Array,
+            indices: jax.Array,
+            seed: jax.Array,
+            hyper: Hyper,
+        ) -> jax.Array:
+            model = functools.partial(logits_of, (params, batch_stats))
+            clean = pixels(images, indices)
+            key = keys.key(seed, f"attack of {purpose}")
+            return model(make(hyper)(key, model, clean, labels[indices]))
+
+        return backend.jit(run, out_shardings=everywhere)
+
+    attacked: dict[str, Callable[[Hyper], attacks.Attack]] = {}
+    if config.eval.attack:
+        try:
+            name, given = robustness.parse(config.eval.attack)
+        except CnnlabError as error:
+            raise CnnlabError(f"eval.attack: {error}") from None
+        attacked["validation"] = lambda _: attacks.create(name, **given)
+    if defence.single_step(config):
+        for each in (defence.own, defence.stronger):
+            attacked[each.__name__] = functools.partial(each, config)
+
     heads = config_lib.auxiliary_heads(config)
 
     def head_names(metric: str) -> str:
         """`aux0/top1` to `aux_stage1/top1`."""
-        head, slash, name = metric.partition("/")
-        return f"{heads[int(head.removeprefix('aux'))]}/{name}" if slash else metric
+        head, _, name = metric.rpartition("/")
+        before, found, number = head.rpartition("aux")
+        return f"{before}{heads[int(number)]}/{name}" if found else metric
 
     program = Program(
         module=module,
@@ -229,6 +315,7 @@ def make_program(config: ConfigDict, info: DatasetInfo) -> Program:
         ),
         logits=backend.jit(logits, out_shardings=everywhere),
         logits_of=logits_of,
+        attacked={purpose: attacked_logits(make, purpose) for purpose, make in attacked.items()},
     )
     return program
 

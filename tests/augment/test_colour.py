@@ -341,3 +341,9 @@ def test_noise_is_normal_and_clipped():
     made = apply("gaussian_noise(std=0.5)", white)
     assert made.max() == 1
     assert made.min() >= 0
+
+
+def test_noise_need_not_be_clipped():
+    white = batch(np.full((40, 20, 20, 3), 255.0, np.float32))
+    made = apply("gaussian_noise(std=0.5, clip=False)", white)
+    assert stats.kstest((made.astype(np.float64) - 1).ravel() / 0.5, "norm").pvalue > 0.01

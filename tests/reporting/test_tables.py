@@ -113,6 +113,14 @@ def test_one_seed_is_mcnemar_without_spread(run):
         tables.build(spec(test="mcnemar", seeds=(0, 1)), [*one, *(run(row, 1) for row in ACCURACY)])
 
 
+def test_catastrophic_overfitting_is_told_below_the_table(records):
+    records[3] |= {"overfitted_step": 40}
+    records[4] |= {"overfitted_step": None}
+    notes = _notes(tables.build(spec(), records))
+    assert "worse: catastrophic overfitting (seed 0 from step 40)" in notes
+    assert notes.count("overfitting") == 1
+
+
 def test_missing_and_diverged_runs_are_named(records, diverged):
     kept = [
         r for r in records

@@ -49,6 +49,13 @@ def test_rows_times_seeds(tmp_path):
     assert "train.batch_size" not in loaded.spec.varied
 
 
+def test_findings_are_allowed_by_name(tmp_path):
+    text = FILE.replace('columns=("top1",),', 'columns=("top1",), allow=("zero-gradients",),')
+    assert experiment.load(write(tmp_path, text)).allow == ("zero-gradients",)
+    with pytest.raises(CnnlabError, match=r"allow: unknown check 'zero-gradient'.*did you mean"):
+        experiment.load(write(tmp_path, text.replace("zero-gradients", "zero-gradient")))
+
+
 def test_a_run_is_its_config_whatever_the_row_is_called(tmp_path):
     one = experiment.load(write(tmp_path))
     other = experiment.load(write(tmp_path, FILE.replace('"b": {', '"other": {'), "other.py"))
