@@ -1,4 +1,4 @@
-"""The command line: `cnnlab table | train | eval | list | describe | predict | export`.
+"""The command line; `cnnlab --help` names the commands.
 
 Nothing heavy is imported until a command runs, so `--help` answers at once.
 """
@@ -736,6 +736,8 @@ def _certify(options: argparse.Namespace, changes: dict[str, str]) -> int:
     from cnnlab.evaluation import certification
     from cnnlab.reporting import figures
     from cnnlab.sweep import results
+    from cnnlab.training import run
+    from cnnlab.training.step import Programs
     from cnnlab.types import CnnlabError
 
     smoothing = certification.Smoothing(
@@ -748,7 +750,9 @@ def _certify(options: argparse.Namespace, changes: dict[str, str]) -> int:
     if not (at >= 0).all():
         raise CnnlabError(f"--radii: expected numbers of at least 0, got {options.radii}")
     path = _run_folder(options)
-    found = _certified(path, smoothing, options.examples, options.batch_size)
+    found = run.certify(
+        path, smoothing, options.examples, Programs(), batch_size=options.batch_size
+    )
     radii, right = np.array(found["radii"]), np.array(found["right"])
     accuracy = certification.certified_accuracy(radii, right, at).tolist()
     certified = {f"{each:g}": value for each, value in zip(at, accuracy, strict=True)}
@@ -763,59 +767,6 @@ def _certify(options: argparse.Namespace, changes: dict[str, str]) -> int:
         title = f"{path.name}\nfirst {len(radii)} test examples, {smoothing}"
         results.print_scores(_console(), title, scores)
     return 0
-
-
-def _certified(path: Path, smoothing: Any, examples: int, batch_size: int | None) -> dict[str, Any]:
-    """What `certification.summary` says of a run's first test examples; counted once and kept."""
-    import dataclasses
-
-    from cnnlab import keys, record
-    from cnnlab.types import CnnlabError
-
-    result = record.read_result(path)
-    if result is None:
-        raise CnnlabError(f"{path} is not finished; train the run first")
-    if result["status"] != "done":
-        raise CnnlabError(f"{path} diverged at step {result['diverged_step']}: nothing to certify")
-    examples = min(examples, result["test_set"]["examples"])
-    about = {
-        **dataclasses.asdict(smoothing),
-        "examples": examples,
-        "test_set": result["test_set"],
-        "identity": result["identity"],
-        "parameters_sha256": result["parameters_sha256"],
-    }
-    file = path / f"certified-{smoothing}-first{examples}.json"
-    if file.exists() and (kept := record.read_json(file))["about"] == about:
-        return dict(kept)
-
-    from cnnlab.evaluation import certification, chunks  # seconds that only counting needs
-    from cnnlab.training import loop, run
-    from cnnlab.training.step import Programs
-
-    config, program, state, _ = run.restore(path, Programs())
-    split, unfinished = run.load_split(config, "test"), path / file.stem
-    with record.RunFolder(path, config):
-        counts = certification.count(
-            keys.key(config.seed, "certification"),
-            program.logits_of,
-            loop.scored(state),
-            split.examples.images[:examples],
-            smoothing,
-            batch_size=batch_size or config.eval.batch_size,
-            mesh=program.mesh,
-            folder=unfinished,
-            about={"identity": result["identity"]},
-        )
-        found = {
-            **certification.summary(counts, split.examples.labels[:examples], smoothing),
-            "about": about,
-            "code": record.code_version(),
-            "environment": record.environment(program.mesh.size),
-        }
-        record.write_atomic(file, record.dump_json(found))
-        chunks.clear(unfinished)
-    return found
 
 
 def _eval(options: argparse.Namespace, changes: dict[str, str]) -> int:

@@ -14,6 +14,7 @@ A certificate is as good as the draws: those are of float32 numbers, not of real
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import functools
 import math
@@ -31,6 +32,7 @@ from scipy import special
 from cnnlab import backend, keys, parallel, record
 from cnnlab.evaluation import chunks
 from cnnlab.evaluation.robustness import LogitsOf
+from cnnlab.registry import did_you_mean
 from cnnlab.types import CnnlabError, Examples, PyTree, fingerprint
 
 ABSTAIN = -1
@@ -90,6 +92,46 @@ class Smoothing:
 
     def __str__(self) -> str:
         return f"sigma{self.sigma:g}-select{self.select}-samples{self.samples}-alpha{self.alpha:g}"
+
+
+def parse(text: str) -> tuple[Smoothing, float]:
+    """Reads `"certified(sigma=0.25, radius=0.5)"`: how to smooth, and the radius asked for.
+
+    Other fields of `Smoothing` may stand there, too; a radius of 0, the default, asks for the class
+    alone.
+
+    Raises:
+        CnnlabError: it can't be read, or a number is unknown, missing or out of its range.
+    """
+    fields = {field.name: type(field.default) for field in dataclasses.fields(Smoothing)}
+    fields |= {"sigma": float, "radius": float}
+    try:
+        node = ast.parse(text.strip(), mode="eval").body
+        if not isinstance(node, ast.Call) or ast.unparse(node.func) != "certified" or node.args:
+            raise ValueError
+        given = {str(word.arg): ast.literal_eval(word.value) for word in node.keywords}
+    except (SyntaxError, ValueError):
+        raise CnnlabError(
+            f"expected what to certify, such as 'certified(sigma=0.25, radius=0.5)', got {text!r}"
+        ) from None
+    for name, value in given.items():
+        if name not in fields:
+            raise CnnlabError(
+                f"certified: unknown argument {name!r}{did_you_mean(name, fields)}. Known: "
+                f"{', '.join(fields)}"
+            )
+        if isinstance(value, bool) or not isinstance(value, int | fields[name]):
+            raise CnnlabError(f"certified: {name}: expected a number, got {value!r}")
+    if "sigma" not in given:
+        raise CnnlabError(f"certified: sigma, the noise, is missing in {text!r}")
+    at = float(given.pop("radius", 0.0))
+    smoothing = Smoothing(**given)
+    if not 0 <= at <= smoothing.largest_radius:
+        raise CnnlabError(
+            f"certified: radius: expected at least 0 and at most {smoothing.largest_radius:.4g}, "
+            f"beyond which {smoothing.samples} draws can't certify anything, got {at:g}"
+        )
+    return smoothing, at
 
 
 class Counts(NamedTuple):

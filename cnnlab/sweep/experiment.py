@@ -15,7 +15,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from cnnlab import config as config_lib
-from cnnlab.evaluation import checklist, corruption, robustness
+from cnnlab.evaluation import certification, checklist, corruption, robustness
 from cnnlab.registry import did_you_mean
 from cnnlab.reporting import figures, tables
 from cnnlab.types import CnnlabError
@@ -36,6 +36,9 @@ class Experiment:
         columns: what the table shows; names of `cnnlab.reporting.tables`.
         attacks: one more column each, the accuracy under it: `"pgd(eps=0.1, steps=40)"`.
         attack_examples: how many examples of the test split are attacked, the first.
+        certified: one more column each, the accuracy that randomised smoothing certifies at an L2
+            radius: `"certified(sigma=0.25, radius=0.5)"`.
+        certified_examples: of how many examples of the test split, the first.
         allow: names of `cnnlab.evaluation.checklist.CHECKS` whose findings are accepted; any other
             ends the table with an error, as an accuracy under attack could not be believed.
         published: row -> column -> a published number, or (mean, std), in the unit of the column.
@@ -52,6 +55,8 @@ class Experiment:
     published_source: str = ""
     attacks: Sequence[str] = ()
     attack_examples: int = 1000
+    certified: Sequence[str] = ()
+    certified_examples: int = 500
     allow: Sequence[str] = ()
     figures: Sequence[str] = ("score_cost", "curves", "confusion", "mistakes")
 
@@ -191,20 +196,23 @@ def expand(path: Path, module: Any, made: Any) -> Loaded:
             config = config_lib.override(made.base, {**changed, "seed": seed}, where)
             config = config_lib.resolve(config, where)
             runs.append(Run(row, seed, config, config_lib.identity(config)))
-    for attack in made.attacks:
-        try:
-            robustness.parse(attack)
-        except CnnlabError as error:
-            raise CnnlabError(f"{path}: attacks: {error}") from None
+    extra_columns = []
+    for field, read in (("attacks", robustness.parse), ("certified", certification.parse)):
+        count = f"{field.removesuffix('s')}_examples"
+        examples = getattr(made, count)
+        if examples < 1:
+            raise CnnlabError(f"{path}: {count}: expected at least 1, got {examples}")
+        for text in getattr(made, field):
+            try:
+                read(text)
+            except CnnlabError as error:
+                raise CnnlabError(f"{path}: {field}: {error}") from None
+            extra_columns.append(f"{text}, first {examples}")
     try:
         checklist.check_names(made.allow)
     except CnnlabError as error:
         raise CnnlabError(f"{path}: {error}") from None
-    if made.attack_examples < 1:
-        raise CnnlabError(
-            f"{path}: attack_examples: expected at least 1, got {made.attack_examples}"
-        )
-    columns = (*made.columns, *(f"{a}, first {made.attack_examples}" for a in made.attacks))
+    columns = (*made.columns, *extra_columns)
     for column in made.columns:
         unvalidated = [run.row for run in runs if not run.config.data.validation]
         if column.startswith("validation_") and unvalidated:

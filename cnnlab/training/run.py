@@ -16,9 +16,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cnnlab import config as config_lib
-from cnnlab import describe, encoding, parallel, pipeline, record
+from cnnlab import describe, encoding, keys, parallel, pipeline, record
 from cnnlab.checkpoint import Checkpoints
-from cnnlab.evaluation import checklist, chunks, corruption, robustness, scores
+from cnnlab.evaluation import certification, checklist, chunks, corruption, robustness, scores
 from cnnlab.training import defence, loop, optim
 from cnnlab.training.step import Program, Programs
 from cnnlab.types import CnnlabError, TrainState
@@ -130,7 +130,8 @@ def extend(
 
     Args:
         path: the run's folder.
-        wanted: names in `EXTRAS`, or attacks: `"pgd(eps=0.1), first 1000"`, of the test split.
+        wanted: names in `EXTRAS`, attacks, `"pgd(eps=0.1), first 1000"`, of the test split, or
+            what is certified, `"certified(sigma=0.25, radius=0.5), first 500"`.
         programs: shared.
         allow: names of `checklist.CHECKS` whose findings are accepted.
 
@@ -147,14 +148,107 @@ def extend(
         if name in result["scores"]:
             _require(result["scores"][name].get("findings", ()), allow)
             continue
-        config, program, state, _ = restore(path, programs)
         place = path / "chunks" / hashlib.sha256(name.encode()).hexdigest()[:16]
-        with record.RunFolder(path, config) as folder:
-            measured = _extra(name, place, allow)(config, program, state)
+        measured = _measured(name, path, place, programs, allow)
+        with record.RunFolder(path, _config(path)) as folder:
+            result = record.read_result(path) or result  # another process may have added a score
             result = result | {"scores": result["scores"] | {name: measured}}
             folder.finish(result)
             chunks.clear(place)
     return result
+
+
+def _measured(
+    name: str, path: Path, place: Path, programs: Programs, allow: Sequence[str]
+) -> dict[str, Any]:
+    """A score that `extend` is asked for; `place` keeps an attack's finished chunks."""
+    text, several, examples = name.rpartition(", first ")
+    if text.startswith("certified("):
+        return _certified(text, int(examples), path, programs)
+    config, program, state, _ = restore(path, programs)
+    with record.RunFolder(path, config):
+        if several:
+            return _attacked(text, int(examples), place, allow, config, program, state)
+        return EXTRAS[name](config, program, state)
+
+
+def certify(
+    path: Path,
+    smoothing: certification.Smoothing,
+    examples: int,
+    programs: Programs,
+    *,
+    batch_size: int | None = None,
+) -> dict[str, Any]:
+    """What `certification.summary` says of a run's first test examples; counted once and kept.
+
+    Args:
+        path: the run's folder, which gets a file `certified-*.json`.
+        smoothing: the noise and the numbers of draws.
+        examples: how many, at most those of the test split.
+        programs: shared.
+        batch_size: noisy images at a time; the config's `eval.batch_size` if `None`.
+
+    Raises:
+        CnnlabError: the run is not finished, has diverged, or has no checkpoint any more.
+    """
+    result = record.read_result(path)
+    if result is None:
+        raise CnnlabError(f"{path} is not finished; train the run first")
+    if result["status"] != "done":
+        raise CnnlabError(f"{path} diverged at step {result['diverged_step']}: nothing to certify")
+    examples = min(examples, result["test_set"]["examples"])
+    about = {
+        **dataclasses.asdict(smoothing),
+        "examples": examples,
+        "test_set": result["test_set"],
+        "identity": result["identity"],
+        "parameters_sha256": result["parameters_sha256"],
+    }
+    file = path / f"certified-{smoothing}-first{examples}.json"
+    if file.exists() and (kept := record.read_json(file))["about"] == about:
+        return dict(kept)
+    config, program, state, _ = restore(path, programs)
+    split, unfinished = load_split(config, "test"), path / file.stem
+    with record.RunFolder(path, config):
+        counts = certification.count(
+            keys.key(config.seed, "certification"),
+            program.logits_of,
+            loop.scored(state),
+            split.examples.images[:examples],
+            smoothing,
+            batch_size=batch_size or config.eval.batch_size,
+            mesh=program.mesh,
+            folder=unfinished,
+            about={"identity": result["identity"]},
+        )
+        found = {
+            **certification.summary(counts, split.examples.labels[:examples], smoothing),
+            "about": about,
+            "code": record.code_version(),
+            "environment": record.environment(program.mesh.size),
+        }
+        record.write_atomic(file, record.dump_json(found))
+        chunks.clear(unfinished)
+    return found
+
+
+def _certified(text: str, examples: int, path: Path, programs: Programs) -> dict[str, Any]:
+    """Accuracy on the first examples of the test split that is certified at a radius.
+
+    Returns:
+        `top1`: part that is certified right at that radius; `average_radius`; `abstained`;
+        `robust`: 1 or 0 for each example, encoded.
+    """
+    smoothing, at = certification.parse(text)
+    found = certify(path, smoothing, examples, programs)
+    standing = np.array(found["right"]) & (np.array(found["radii"]) >= at)
+    return {
+        "top1": float(standing.mean()),
+        "average_radius": found["average_radius"],
+        "abstained": found["abstained"],
+        "robust": encoding.encode_labels(standing.astype(np.int32)),
+    }
 
 
 def _corrupted(config: ConfigDict, program: Program, state: TrainState) -> dict[str, Any]:
@@ -243,19 +337,18 @@ def _require(findings: Iterable[Mapping[str, Any]], allow: Sequence[str]) -> Non
     )
 
 
-def _extra(
-    name: str, place: Path, allow: Sequence[str]
-) -> Callable[[ConfigDict, Program, TrainState], dict[str, Any]]:
-    attack, several, examples = name.rpartition(", first ")
-    if not several:
-        return EXTRAS[name]
-    return functools.partial(_attacked, attack, int(examples), place, allow)
-
-
 EXTRAS: dict[str, Callable[[ConfigDict, Program, TrainState], dict[str, Any]]] = {
     "corrupted": _corrupted
 }
 """Scores that are measured where a table asks for them, after training: name -> function."""
+
+
+def _config(path: Path) -> ConfigDict:
+    """The resolved config of a run's folder."""
+    file = path / "config.json"
+    if not file.exists():
+        raise CnnlabError(f"{path} is no run's folder: it has no config.json")
+    return config_lib.resolve(config_lib.from_plain(record.read_json(file)), str(file))
 
 
 def restore(path: Path, programs: Programs) -> tuple[ConfigDict, Program, TrainState, str]:
@@ -264,11 +357,7 @@ def restore(path: Path, programs: Programs) -> tuple[ConfigDict, Program, TrainS
     Raises:
         CnnlabError: it is no run's folder, has no checkpoint yet, or lacks its best one.
     """
-    file = path / "config.json"
-    if not file.exists():
-        raise CnnlabError(f"{path} is no run's folder: it has no config.json")
-    nested = record.read_json(file)
-    config = config_lib.resolve(config_lib.from_plain(nested), str(file))
+    config = _config(path)
     split = load_split(config, "train")
     program = programs.get(config, split.info, config_lib.program(config))
     hyper = optim.hyper(config, examples=len(make_stream(config, split).train))

@@ -56,6 +56,22 @@ def test_findings_are_allowed_by_name(tmp_path):
         experiment.load(write(tmp_path, text.replace("zero-gradients", "zero-gradient")))
 
 
+def test_attacks_and_certificates_are_columns(tmp_path):
+    given = 'columns=("top1",), attacks=("pgd(eps=0.1)",), certified=("certified(sigma=0.25)",),'
+    loaded = experiment.load(write(tmp_path, FILE.replace('columns=("top1",),', given)))
+    extras = ("pgd(eps=0.1), first 1000", "certified(sigma=0.25), first 500")
+    assert loaded.extras == extras
+    assert tuple(loaded.spec.columns) == ("top1", *extras)
+    for wrong, message in (
+        (given.replace("sigma", "sigmas"), "certified: certified: unknown argument 'sigmas'"),
+        (given.replace("pgd", "pgt"), "attacks: unknown attack 'pgt'"),
+        (given + "certified_examples=0", "certified_examples: expected at least 1, got 0"),
+        (given + "attack_examples=0", "attack_examples: expected at least 1, got 0"),
+    ):
+        with pytest.raises(CnnlabError, match=message):
+            experiment.load(write(tmp_path, FILE.replace('columns=("top1",),', wrong)))
+
+
 def test_a_run_is_its_config_whatever_the_row_is_called(tmp_path):
     one = experiment.load(write(tmp_path))
     other = experiment.load(write(tmp_path, FILE.replace('"b": {', '"other": {'), "other.py"))

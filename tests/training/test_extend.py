@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from cnnlab import config
-from cnnlab.evaluation import corruption
+from cnnlab import config, encoding
+from cnnlab.evaluation import certification, corruption
 from cnnlab.training import run
 from cnnlab.training.step import Programs
 from cnnlab.types import CnnlabError
@@ -56,3 +56,33 @@ def test_corrupted_scores_are_those_of_the_corrupted_images_and_kept(trained, mo
 def test_an_unfinished_run_is_refused(tmp_path):
     with pytest.raises(CnnlabError, match="not finished"):
         run.extend(tmp_path, ["corrupted"], PROGRAMS)
+
+
+def test_certified_columns_share_their_draws_and_count_what_reaches_the_radius(trained):
+    at = [f"certified(sigma=0.1, radius={r}, samples=200, select=20), first 30" for r in (0.0, 0.1)]
+    made = run.extend(trained, at, PROGRAMS)
+    (file,) = trained.glob("certified-*.json")
+    kept = json.loads(file.read_text())
+    assert len(kept["radii"]) == 30
+    for name, radius in zip(at, (0.0, 0.1), strict=True):
+        standing = np.array(kept["right"]) & (np.array(kept["radii"]) >= radius)
+        score = made["scores"][name]
+        assert score["top1"] == pytest.approx(standing.mean())
+        np.testing.assert_array_equal(encoding.decode_labels(score["robust"]), standing)
+    assert 0 < made["scores"][at[1]]["top1"] < made["scores"][at[0]]["top1"] < 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("certified(radius=0.5)", "sigma, the noise, is missing"),
+        ("certified(sigma=0.25, radii=0.5)", "unknown argument 'radii'.*did you mean 'radius'"),
+        ("certified(sigma='a')", "sigma: expected a number, got 'a'"),
+        ("certified(sigma=0.25, radius=5)", r"radius: expected at least 0 and at most 0\.61"),
+        ("certify(sigma=0.25)", "expected what to certify, such as"),
+        ("certified(sigma=-1)", "sigma: expected a finite number above 0"),
+    ],
+)
+def test_what_can_not_be_certified_is_refused(text, message):
+    with pytest.raises(CnnlabError, match=message):
+        certification.parse(text)
