@@ -2,29 +2,43 @@
 
 A checkpoint holds the `TrainState` and a small JSON note (the loop's own bookkeeping: metrics
 summed since the last log line, the early stopper, seconds spent). Orbax writes into a temporary
-folder and renames it, so a kill at any time leaves the earlier checkpoints whole.
+folder and renames it, so a kill at any time leaves the earlier checkpoints whole. Each also holds a
+digest of its state: what a disk has damaged since is set aside, and the one before it counts.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import gc
+import hashlib
+import logging
 import os
-from collections.abc import Iterator
+import sys
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from cnnlab.types import CnnlabError, PyTree, TrainState
+from cnnlab.types import CnnlabError, CnnlabWarning, PyTree, TrainState
 
 _copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
 
 
+DIGEST = "state_sha256"
+"""In the note on disk: a digest of the state beside it."""
+
+
 class Checkpoints:
-    """The checkpoints of one run: the latest one, and the one with the best monitored metric.
+    """The checkpoints of one run: the latest two, and the one with the best monitored metric.
+
+    Where the newest is damaged it is moved to the folder `damaged` beside them, with a warning that
+    says what was lost.
 
     Args:
         folder: where they lie; made if missing.
@@ -32,16 +46,35 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, *, best: str) -> None:
+        self.folder, self._best = folder, best
+        self._checkpointer = self._open()
+        damaged = []
+        while self.steps and (problem := self._problem(self.steps[-1])):
+            step = self.steps[-1]
+            damaged.append(f"step {step} ({problem})")
+            self._checkpointer.close()
+            _set_aside(folder / str(step), folder.parent / "damaged")
+            self._checkpointer = self._open()
+        if damaged:
+            rest = f"goes on from step {self.steps[-1]}" if self.steps else "begins anew"
+            warnings.warn(
+                f"{folder}: damaged and moved to {folder.parent / 'damaged'}: "
+                f"{', '.join(damaged)}; the run {rest}",
+                CnnlabWarning,
+                stacklevel=2,
+            )
+
+    def _open(self) -> ocp.training.Checkpointer:
         policies = ocp.training.preservation_policies
-        self._checkpointer = ocp.training.Checkpointer(
-            folder.absolute(),
+        return ocp.training.Checkpointer(
+            self.folder.absolute(),
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=policies.AnyPreservationPolicy(
                 [
-                    policies.LatestN(1),
+                    policies.LatestN(2),
                     policies.BestN(
                         get_metric_fn=lambda metrics: metrics["monitored"],
-                        reverse=best == "min",
+                        reverse=self._best == "min",
                         n=1,
                         keep_checkpoints_without_metrics=False,
                     ),
@@ -49,7 +82,27 @@ class Checkpoints:
             ),
             cleanup_tmp_directories=True,
         )
-        self.folder = folder
+
+    def _problem(self, step: int) -> str:
+        """What is wrong with a checkpoint, on one line; empty if nothing is."""
+        with _quiet():
+            try:
+                metadata = self._checkpointer.metadata(step)
+                if not metadata.custom_metadata:
+                    return "its note is missing"
+                if metadata.metadata is None:
+                    return "its numbers can't be read"
+                there = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+                abstract = jax.tree.map(
+                    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there),
+                    metadata.metadata,
+                )
+                state = self._checkpointer.load(step, abstract)
+            except Exception as error:  # whatever a damaged file makes the storage library raise
+                return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+        if _digest(state) != metadata.custom_metadata.get(DIGEST, _digest(state)):
+            return "its numbers are not those that were saved"
+        return ""
 
     @property
     def steps(self) -> list[int]:
@@ -72,7 +125,7 @@ class Checkpoints:
                 int(state.step),
                 _as_dict(_copy(state)),
                 metrics=None if monitored is None else {"monitored": monitored},
-                custom_metadata=note,
+                custom_metadata=note | {DIGEST: _digest(_as_dict(state))},
                 force=True,
             )
 
@@ -84,8 +137,11 @@ class Checkpoints:
             step: one of `steps`.
 
         Raises:
-            CnnlabError: the checkpoint holds another tree; the message lists the differences.
+            CnnlabError: the checkpoint is damaged, or holds another tree; the message lists the
+                differences.
         """
+        if problem := self._problem(step):
+            raise CnnlabError(f"{self.folder}/{step} is damaged ({problem})")
         metadata = self._checkpointer.metadata(step)
         wanted = _as_dict(like)
         _check_same_tree(metadata.metadata, wanted, f"{self.folder}/{step}")
@@ -93,7 +149,8 @@ class Checkpoints:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), wanted
         )
         restored = self._checkpointer.load(step, abstract)
-        return TrainState(**restored | {"ema": restored["ema"] or None}), metadata.custom_metadata
+        note = {k: v for k, v in metadata.custom_metadata.items() if k != DIGEST}
+        return TrainState(**restored | {"ema": restored["ema"] or None}), note
 
     def wait(self) -> None:
         """Returns when everything saved is on disk."""
@@ -130,6 +187,51 @@ def _as_dict(state: TrainState) -> dict[str, PyTree]:
         "opt_state": state.opt_state,
         "ema": {} if state.ema is None else state.ema,
     }
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the storage library from writing pages about files that it can't read.
+
+    Some of its reads fail after it gave up on them, in threads of their own; those may come later
+    than this context ends, so that the hook stays.
+    """
+    global _hook
+    if _hook is None:
+        _hook = sys.unraisablehook
+        sys.unraisablehook = _unless_late
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        gc.collect()  # of those reads, which are logged as they go
+        logging.disable(logging.NOTSET)
+
+
+_hook: Callable[[Any], object] | None = None
+
+
+def _unless_late(unraisable: Any) -> None:
+    if _hook is not None and str(unraisable.exc_value) != "Event loop is closed":
+        _hook(unraisable)
+
+
+def _digest(tree: PyTree) -> str:
+    """SHA-256 over names, types, shapes and bytes, whatever containers hold the leaves."""
+    digest = hashlib.sha256()
+    leaves = ((_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree))
+    for name, leaf in sorted(leaves, key=lambda pair: pair[0]):
+        array = np.asarray(leaf)
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def _set_aside(checkpoint: Path, folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    taken = {path.name for path in folder.iterdir()}
+    names = (f"{checkpoint.name}{mark}" for mark in ("", *(f"-{i}" for i in range(1, 1000))))
+    checkpoint.rename(folder / next(name for name in names if name not in taken))
 
 
 def _check_same_tree(saved: PyTree, wanted: PyTree, where: str) -> None:

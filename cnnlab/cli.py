@@ -11,9 +11,10 @@ import functools
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     accuracy. 130: interrupted (the same command goes on). 1: anything else, with its traceback if
     `--traceback` is given.
     """
+    warnings.showwarning = _show_warning
     parser = _parser()
     options, rest = parser.parse_known_args(
         _joined(sys.argv[1:] if arguments is None else arguments)
@@ -87,6 +89,22 @@ def _explain(error: Exception) -> int:
         f"unexpected {type(error).__name__}: {error}\n(--traceback shows where; please report it)",
         1,
     )
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """A warning of ours is a sentence for the user; others say where they come from."""
+    if category.__name__ == "CnnlabWarning":  # by its name: its module imports JAX
+        print(f"cnnlab: {message}", file=sys.stderr)
+    else:
+        told = warnings.formatwarning(message, category, filename, lineno, line)
+        print(told, end="", file=file or sys.stderr)
 
 
 def _complain(message: str, code: int) -> int:

@@ -28,6 +28,10 @@ class CnnlabError(Exception):
     """
 
 
+class CnnlabWarning(UserWarning):
+    """Something that its user should know of, but that stops nothing; told without a traceback."""
+
+
 @struct.dataclass
 class Batch:
     """What one step sees.

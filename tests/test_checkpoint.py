@@ -1,6 +1,7 @@
 """Checkpoints: exact, on any devices, keeping the latest and the best."""
 
 import errno
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 
 from cnnlab import parallel
 from cnnlab.checkpoint import Checkpoints
-from cnnlab.types import CnnlabError, TrainState
+from cnnlab.types import CnnlabError, CnnlabWarning, TrainState
 
 
 def state(step=0, devices=1, ema=False, width=3):
@@ -75,8 +76,8 @@ def test_a_full_disk_is_an_os_error_that_names_the_folder(tmp_path, monkeypatch)
         assert checkpoints.steps == [2]
 
 
-@pytest.mark.parametrize(("best", "kept"), [("max", [2, 4]), ("min", [1, 4])])
-def test_the_latest_and_the_best_are_kept(tmp_path, best, kept):
+@pytest.mark.parametrize(("best", "kept"), [("max", [2, 3, 4]), ("min", [1, 3, 4])])
+def test_the_latest_two_and_the_best_are_kept(tmp_path, best, kept):
     with Checkpoints(tmp_path, best=best) as checkpoints:
         for step, value in ((1, 0.2), (2, 0.9), (3, None), (4, 0.5)):
             checkpoints.save(state(step), {}, value)
@@ -107,4 +108,72 @@ def test_a_folder_of_a_save_that_was_killed_is_passed_over(tmp_path):
         assert checkpoints.steps == [5]
         checkpoints.save(state(9), {}, None)
         checkpoints.wait()
-        assert checkpoints.steps == [9]
+        assert checkpoints.steps == [5, 9]
+
+
+def saved(folder, steps=(3, 5)):
+    with Checkpoints(folder, best="max") as checkpoints:
+        for step in steps:
+            checkpoints.save(state(step), {"best": step}, None)
+
+
+def files(folder):
+    """The files of a checkpoint without which it is lost: the note, and where the numbers lie."""
+    note = folder / "_CHECKPOINT_METADATA"
+    numbers = max((folder / "state").rglob("d/*"), key=lambda path: path.stat().st_size)
+    return {"note": note, "numbers": numbers}
+
+
+@pytest.mark.parametrize("how", ["truncated", "deleted", "zeroed"])
+@pytest.mark.parametrize("what", ["note", "numbers"])
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_counts(tmp_path, what, how):
+    saved(tmp_path / "checkpoints")
+    file = files(tmp_path / "checkpoints" / "5")[what]
+    content = file.read_bytes()
+    if how == "deleted":
+        file.unlink()
+    else:
+        file.write_bytes(
+            content[: len(content) // 2] if how == "truncated" else bytes(len(content))
+        )
+    with pytest.warns(CnnlabWarning, match=r"damaged and .*step 5 \(.*goes on from step 3"):
+        checkpoints = Checkpoints(tmp_path / "checkpoints", best="max")
+    with checkpoints:
+        assert checkpoints.steps == [3]
+        restored, note = checkpoints.restore(state(0), 3)
+        assert same(restored, state(3))
+        assert note == {"best": 3}
+        checkpoints.save(state(4), {}, None)  # whose number is below that of the damaged one
+    assert (tmp_path / "damaged" / "5").is_dir()
+    with Checkpoints(tmp_path / "checkpoints", best="max") as checkpoints:
+        assert checkpoints.steps == [3, 4]
+
+
+def test_a_changed_number_is_noticed(tmp_path):
+    """A state whose files are sound but not those of the note: a mixture of two checkpoints."""
+    saved(tmp_path / "checkpoints")
+    shutil.rmtree(tmp_path / "checkpoints" / "5" / "state")
+    shutil.copytree(tmp_path / "checkpoints/3/state", tmp_path / "checkpoints/5/state")
+    with pytest.warns(CnnlabWarning, match="its numbers are not those that were saved"):
+        Checkpoints(tmp_path / "checkpoints", best="max").close()
+
+
+def test_where_all_are_damaged_the_run_begins_anew(tmp_path):
+    saved(tmp_path / "checkpoints")
+    for step in ("3", "5"):
+        files(tmp_path / "checkpoints" / step)["numbers"].unlink()
+    with pytest.warns(CnnlabWarning, match=r"step 5 .*step 3 .*begins anew"):
+        checkpoints = Checkpoints(tmp_path / "checkpoints", best="max")
+    with checkpoints:
+        assert checkpoints.steps == []
+
+
+def test_a_damaged_best_checkpoint_is_told(tmp_path):
+    with Checkpoints(tmp_path / "checkpoints", best="max") as checkpoints:
+        for step, monitored in ((3, 0.9), (5, None), (7, None)):
+            checkpoints.save(state(step), {"best": 3}, monitored)
+    files(tmp_path / "checkpoints" / "3")["numbers"].unlink()
+    with Checkpoints(tmp_path / "checkpoints", best="max") as checkpoints:
+        assert checkpoints.steps == [3, 5, 7]
+        with pytest.raises(CnnlabError, match="checkpoints/3 is damaged"):
+            checkpoints.restore(state(0), 3)

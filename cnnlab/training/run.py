@@ -374,6 +374,13 @@ def restore(path: Path, programs: Programs) -> tuple[ConfigDict, Program, TrainS
                 raise CnnlabError(f"{path}: the best checkpoint, of step {step}, is missing")
             state, _ = checkpoints.restore(like, step)
     result = record.read_result(path)
+    if result is not None and result["status"] == "done":
+        digest = record.parameters_sha256(state.params, state.batch_stats, state.ema)
+        if digest != result["parameters_sha256"]:
+            raise CnnlabError(
+                f"{path}: the {which} checkpoint, step {step}, is not the network that its record "
+                "tells of, which is lost; remove result.json there to train on from this one"
+            )
     status = "unfinished" if result is None else result["status"]
     return config, program, state, f"{which} checkpoint, step {step} of a run that is {status}"
 

@@ -8,7 +8,7 @@ import pytest
 from cnnlab import config, encoding
 from cnnlab.training import loop, run
 from cnnlab.training.step import Programs
-from cnnlab.types import CnnlabError
+from cnnlab.types import CnnlabError, CnnlabWarning
 
 PROGRAMS = Programs()  # shared: most of these runs differ in host settings only
 
@@ -225,3 +225,29 @@ def test_periods_fall_on_the_first_step_that_completes_them(every, expected):
     duration = config.Duration.parse(every)  # 1 epoch is 100 / 14 = 7.1 steps
     got = [s for s in range(1, 31) if loop.due(s, duration, batch_size=14, examples=100)]
     assert got == expected
+
+
+def test_a_run_whose_last_checkpoint_is_damaged_ends_with_the_same_bits(tmp_path):
+    whole = train(recipe(), tmp_path / "whole")
+    with pytest.raises(loop.Interrupted):
+        train(recipe(), tmp_path / "damaged", should_stop=stop_after(20))
+    steps = sorted(int(p.name) for p in (tmp_path / "damaged/checkpoints").glob("[0-9]*"))
+    assert steps == [16, 20]
+    largest = max(
+        (tmp_path / "damaged/checkpoints/20").rglob("d/*"), key=lambda p: p.stat().st_size
+    )
+    largest.write_bytes(largest.read_bytes()[:100])
+    with pytest.warns(CnnlabWarning, match=r"step 20 .*the run goes on from step 16"):
+        again = train(recipe(), tmp_path / "damaged")
+    assert again["parameters_sha256"] == whole["parameters_sha256"]
+    assert evidence(tmp_path / "damaged") == evidence(tmp_path / "whole")
+
+
+def test_another_network_than_the_recorded_one_is_not_scored(tmp_path):
+    train(recipe(), tmp_path / "run")
+    (tmp_path / "run/checkpoints/40/_CHECKPOINT_METADATA").unlink()
+    with (
+        pytest.warns(CnnlabWarning, match="damaged"),
+        pytest.raises(CnnlabError, match="not the network that its record tells of"),
+    ):
+        run.restore(tmp_path / "run", PROGRAMS)
