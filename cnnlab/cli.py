@@ -198,6 +198,12 @@ def _parser() -> argparse.ArgumentParser:
         "--examples", type=int, default=1000, help="of the test split; default 1000"
     )
     attack.add_argument(
+        "--source",
+        type=Path,
+        metavar="RUN",
+        help="make the attack for this run beside it, and see what RUN makes of it (transfer)",
+    )
+    attack.add_argument(
         "--checklist",
         action="store_true",
         help="also attack some examples in other ways, to see whether the accuracy can be believed",
@@ -616,8 +622,18 @@ def _attack(options: argparse.Namespace, changes: dict[str, str]) -> int:
         given = {"eps": eps, "norm": options.norm, **steps}
         texts.append(f"{options.attack}({', '.join(f'{k}={v!r}' for k, v in given.items())})")
         robustness.parse(texts[-1])
-    names = [f"{text}, first {options.examples}" for text in texts]
     path, programs = _run_folder(options), Programs()
+    source = ""
+    if options.source:
+        other = _run_folder(argparse.Namespace(run=options.source, runs=options.runs))
+        if other.resolve().parent != path.resolve().parent:
+            raise CnnlabError(
+                f"--source: expected a run in {path.parent}, beside the attacked one, got {other}"
+            )
+        if options.gallery:
+            raise CnnlabError("--gallery shows a run's own attack; leave out --source")
+        source = f" from {other.name}"
+    names = [f"{text}{source}, first {options.examples}" for text in texts]
     how = "give --allow NAME"
     try:
         if options.checklist:
@@ -630,7 +646,7 @@ def _attack(options: argparse.Namespace, changes: dict[str, str]) -> int:
         scores = [result["scores"][name] for name in names]
         robust = [encoding.decode_labels(score["robust"]).astype(bool) for score in scores]
         lines = [
-            {"attack": text, "examples": options.examples}
+            {"attack": f"{text}{source}", "examples": options.examples}
             | {key: score[key] for key in ("clean", "top1")}
             | dict(zip(("low", "high"), robustness.interval(each), strict=True))
             | {"findings": score.get("findings", [])}
@@ -652,8 +668,9 @@ def _attack(options: argparse.Namespace, changes: dict[str, str]) -> int:
         if options.gallery:
             _draw_gallery(options, path, texts[0], robust[0], programs)
             print(f"wrote {options.gallery}", file=sys.stderr)
-        curve = checklist.monotone(dict(zip(strengths, robust, strict=True)))
-        checklist.require(curve, options.allow, how)
+        if not source:  # what is stronger for another run may be weaker here
+            curve = checklist.monotone(dict(zip(strengths, robust, strict=True)))
+            checklist.require(curve, options.allow, how)
     except checklist.UntrustworthyError as error:
         return _complain(str(error), DOUBTFUL)
     return 0
@@ -691,7 +708,9 @@ def _print_attacks(name: str, lines: Sequence[dict[str, Any]], strengths: Sequen
             soft_wrap=True,
         )
         return
-    told = f"{name}: {first['attack'].partition('(')[0]}, {first['examples']} examples"
+    attack, _, source = first["attack"].partition(" from ")
+    told = f"{name}: {attack.partition('(')[0]}{source and f' from {source}'}"
+    told += f", {first['examples']} examples"
     console.print(f"{told}, {100 * first['clean']:.2f} % clean", soft_wrap=True)
     table = Table()
     for heading in ("eps", "under attack (%)", "95 % interval"):

@@ -215,6 +215,24 @@ def test_attack_draws_a_curve_and_a_gallery(project, capsys):
     assert not [*(folder / "chunks").glob("**/*.npz")]
 
 
+def test_an_attack_may_be_made_for_another_run(project, capsys):
+    for seed in (0, 1):
+        train = ["train", "--config", "configs/tiny.py:60 steps", f"--config.seed={seed}"]
+        assert cli.main(train) == 0
+    one, other = sorted(path.name for path in (project / "runs").iterdir())
+    command = ["attack", one, "--attack", "fgsm", "--examples", "200", "--eps", "0.2", "--json"]
+    capsys.readouterr()
+    found = {}
+    for source in ([], ["--source", other]):
+        assert cli.main([*command, *source]) == 0
+        found[bool(source)] = json.loads(capsys.readouterr().out)
+    assert found[True]["attack"] == f"fgsm(eps=0.2, norm='linf') from {other}"
+    assert found[True]["clean"] == found[False]["clean"]
+    assert found[False]["top1"] < found[True]["top1"] < found[True]["clean"]
+    assert cli.main([*command, "--source", "nowhere"]) == 2
+    assert "no run 'nowhere'" in capsys.readouterr().err
+
+
 def test_an_attack_that_cannot_be_believed_fails_until_that_is_allowed(
     project, capsys, monkeypatch
 ):

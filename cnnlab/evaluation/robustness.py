@@ -86,6 +86,7 @@ def attack(
     with_images: bool = True,
     folder: Path | None = None,
     about: Mapping[str, Any] | None = None,
+    source: tuple[LogitsOf, PyTree] | None = None,
 ) -> Outcome:
     """Attacks all examples, in chunks.
 
@@ -105,6 +106,9 @@ def attack(
             `chunks.collect`. Call `chunks.clear` once the outcome is safe.
         about: what tells `logits_of` from others, as plain JSON values: a config's identity, say.
             The attack, the variables, the examples and the seed are added.
+        source: another model and its variables, which the attack is made for instead; this one
+            meets what comes of it (a transfer attack: Papernot et al. 2016, "Transferability in
+            Machine Learning").
 
     Raises:
         CnnlabError: the attack does not fit.
@@ -118,21 +122,25 @@ def attack(
     plugin = registry.get("attacks", name)
     ensemble = plugin.function is autoattack.perturb
     batch = min(CHUNK, len(images))
+    fooled_of, fooled_variables = source or (logits_of, variables)
 
     def compute(rows: np.ndarray) -> chunks.Arrays:
         pixels = np.asarray(images[rows], np.float32) / 255
         if ensemble:
             found = autoattack.run(
-                drawn[rows], logits_of, variables, pixels, labels[rows],
+                drawn[rows], fooled_of, fooled_variables, pixels, labels[rows],
                 **(plugin.fields | given), chunk=CHUNK,
             )  # fmt: skip
             made = [found.images, found.correct, found.robust]
+            if source:
+                made[1:] = _verdicts(logits_of, variables, (pixels, found.images), labels[rows])
         else:
             fill = np.pad(np.arange(len(rows)), (0, batch - len(rows)), mode="edge")
             eps = {key: jnp.float32(value) for key, value in given.items() if key == "eps"}
             fixed = tuple(sorted((k, v) for k, v in given.items() if k != "eps"))
-            program = _program(logits_of, name, fixed)
-            parts = program(variables, eps, drawn[rows][fill], pixels[fill], labels[rows][fill])
+            program = _program(logits_of, fooled_of, name, fixed)
+            both = (variables, fooled_variables)
+            parts = program(both, eps, drawn[rows][fill], pixels[fill], labels[rows][fill])
             made = [np.asarray(each)[: len(rows)] for each in parts]
         arrays = dict(zip(("images", "clean", "attacked"), made, strict=True))
         return arrays if with_images else {k: v for k, v in arrays.items() if k != "images"}
@@ -143,7 +151,7 @@ def attack(
             **(about or {}),
             "attack": text,
             "seed": seed,
-            "variables": record.parameters_sha256(variables),
+            "variables": record.parameters_sha256(variables, fooled_variables),
             "examples": fingerprint(Examples(images, labels)),
             "positions": positions.tolist(),
             "with_images": with_images,
@@ -169,22 +177,33 @@ def interval(robust: np.ndarray) -> tuple[float, float]:
     return float(found.low), float(found.high)
 
 
+def _verdicts(
+    logits_of: LogitsOf, variables: PyTree, several: tuple[np.ndarray, ...], labels: np.ndarray
+) -> list[np.ndarray]:
+    """Whether the model is right on each of these sets of pixels."""
+    logits = backend.jit(logits_of)
+    return [np.asarray(logits(variables, pixels)).argmax(-1) == labels for pixels in several]
+
+
 @functools.lru_cache(maxsize=64)
 def _program(
-    logits_of: LogitsOf, name: str, fixed: tuple[tuple[str, Any], ...]
+    logits_of: LogitsOf, fooled_of: LogitsOf, name: str, fixed: tuple[tuple[str, Any], ...]
 ) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
-    """(variables, {"eps": ...}, keys, pixels, labels) -> attacked, right before, right after."""
+    """(variables, {"eps": ...}, keys, pixels, labels) -> attacked, right before, right after.
+
+    The variables are those of the two models: of whose verdict counts, and of who is attacked.
+    """
 
     def run(
-        variables: PyTree,
+        variables: tuple[PyTree, PyTree],
         eps: dict[str, jax.Array],
         own: jax.Array,
         pixels: jax.Array,
         labels: jax.Array,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        model = functools.partial(logits_of, variables)
+        model = functools.partial(logits_of, variables[0])
         made = attacks.create(name, **dict(fixed), **eps)
-        changed = made(own, model, pixels, labels)
+        changed = made(own, functools.partial(fooled_of, variables[1]), pixels, labels)
         before, after = (jnp.argmax(model(x), -1) == labels for x in (pixels, changed))
         return changed, before, after
 

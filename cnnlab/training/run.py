@@ -21,7 +21,7 @@ from cnnlab.checkpoint import Checkpoints
 from cnnlab.evaluation import certification, checklist, chunks, corruption, robustness, scores
 from cnnlab.training import defence, loop, optim
 from cnnlab.training.step import Program, Programs
-from cnnlab.types import CnnlabError, TrainState
+from cnnlab.types import CnnlabError, PyTree, TrainState
 
 
 def load_split(config: ConfigDict, split: str) -> pipeline.Split:
@@ -130,8 +130,9 @@ def extend(
 
     Args:
         path: the run's folder.
-        wanted: names in `EXTRAS`, attacks, `"pgd(eps=0.1), first 1000"`, of the test split, or
-            what is certified, `"certified(sigma=0.25, radius=0.5), first 500"`.
+        wanted: names in `EXTRAS`, attacks, `"pgd(eps=0.1), first 1000"`, of the test split (or
+            `"pgd(eps=0.1) from RUN, first 1000"`, made for the run in the folder RUN beside this
+            one), or what is certified, `"certified(sigma=0.25, radius=0.5), first 500"`.
         programs: shared.
         allow: names of `checklist.CHECKS` whose findings are accepted.
 
@@ -166,9 +167,14 @@ def _measured(
     if text.startswith("certified("):
         return _certified(text, int(examples), path, programs)
     config, program, state, _ = restore(path, programs)
+    attack, transferred, source = text.partition(" from ")
+    other = None
+    if transferred:
+        _, its_program, its_state, _ = restore(path.parent / source, programs)
+        other = (its_program.logits_of, loop.scored(its_state))
     with record.RunFolder(path, config):
         if several:
-            return _attacked(text, int(examples), place, allow, config, program, state)
+            return _attacked(attack, int(examples), other, place, allow, config, program, state)
         return EXTRAS[name](config, program, state)
 
 
@@ -280,6 +286,7 @@ def _corrupted(config: ConfigDict, program: Program, state: TrainState) -> dict[
 def _attacked(
     text: str,
     examples: int,
+    source: tuple[robustness.LogitsOf, PyTree] | None,
     place: Path,
     allow: Sequence[str],
     config: ConfigDict,
@@ -291,6 +298,7 @@ def _attacked(
     Args:
         text: the attack.
         examples: how many.
+        source: see `robustness.attack`.
         place: where finished chunks are kept.
         allow: findings that are accepted; others end it, before the attack where that is possible.
         config: the run's.
@@ -316,6 +324,7 @@ def _attacked(
         with_images=False,
         folder=place,
         about={"identity": config_lib.identity(config)},
+        source=source,
     )
     findings += checklist.above_clean(found.clean, found.attacked)
     plain = [dataclasses.asdict(finding) for finding in findings]

@@ -38,6 +38,36 @@ def test_robust_are_those_further_than_eps_from_the_hyperplane():
     assert abs(found.images - IMAGES / 255).max() <= EPS + 1e-7
 
 
+def test_a_transferred_attack_is_made_for_the_source_and_judged_by_the_other():
+    """By a source whose hyperplane is turned, so that its attack moves images otherwise."""
+    turned = WEIGHTS * np.where(np.arange(16) % 4 == 0, -1, 1)
+    own, other = (jnp.asarray(each, jnp.float32) for each in (WEIGHTS, turned))
+    score = IMAGES.reshape(300, -1) / 255 @ WEIGHTS + OFFSET
+    labels = (score > 0).astype(np.int32)
+    text = f"fgsm(eps={EPS})"
+    made = robustness.attack(text, logits_of, other, IMAGES, labels)
+    found = robustness.attack(text, logits_of, own, IMAGES, labels, source=(logits_of, other))
+    np.testing.assert_array_equal(found.images, made.images)
+    judged = np.asarray(logits_of(own, found.images)).argmax(1) == labels
+    np.testing.assert_array_equal(found.attacked, judged)
+    assert found.clean.all()
+    assert not made.clean.all()
+    strongest = robustness.attack(text, logits_of, own, IMAGES, labels)
+    assert strongest.robust.sum() < found.robust.sum() < 300
+
+
+def test_a_transferred_ensemble_is_judged_by_the_other(monkeypatch):
+    monkeypatch.setattr(robustness.autoattack, "run", ensemble)
+    own, other = (jnp.asarray(each, jnp.float32) for each in (WEIGHTS, -WEIGHTS))
+    labels = (IMAGES.reshape(300, -1) / 255 @ WEIGHTS + OFFSET > 0).astype(np.int32)
+    found = robustness.attack(
+        f"autoattack(eps={EPS})", logits_of, own, IMAGES, labels, source=(logits_of, other)
+    )
+    assert found.clean.all()
+    judged = np.asarray(logits_of(own, found.images)).argmax(1) == labels
+    np.testing.assert_array_equal(found.attacked, judged)
+
+
 class KilledError(Exception):
     """Stands for a kill."""
 
