@@ -7,8 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 
-from cnnlab import keys, parallel, registry
+from cnnlab import attacks, keys, parallel, registry
+from cnnlab.types import CnnlabError
 
 SMALL = {
     "steps": 4,
@@ -73,19 +76,20 @@ def attack(name):
     return jax.jit(perturb, compiler_options=FAST_TO_COMPILE)
 
 
-def sizes(adversarial, norm):
+def sizes(adversarial, norm, images=IMAGES):
     """Of the perturbations, in float64."""
-    delta = (np.asarray(adversarial, np.float64) - np.asarray(IMAGES, np.float64)).reshape(16, -1)
+    delta = np.asarray(adversarial, np.float64) - np.asarray(images, np.float64)
     if norm == "l0":
-        return (delta.reshape(16, -1, 2) != 0).any(-1).sum(-1)
+        return (delta != 0).any(-1).sum((1, 2))
+    delta = delta.reshape(len(delta), -1)
     return np.linalg.norm(delta, {"linf": np.inf, "l2": 2, "l1": 1}[norm], axis=1)
 
 
-def losses(images):
-    """Cross-entropy and margin of each example, and whether the model is wrong."""
+def losses(images, labels=LABELS, logits_fn=logits_fn):
+    """Cross-entropy and margin of each example."""
     logits = logits_fn(images)
-    entropy = optax.softmax_cross_entropy_with_integer_labels(logits, LABELS)
-    own = jax.nn.one_hot(LABELS, 4, dtype=bool)
+    entropy = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    own = jax.nn.one_hot(labels, 4, dtype=bool)
     margin = jnp.where(own, -jnp.inf, logits).max(1) - jnp.where(own, logits, -jnp.inf).max(1)
     return np.asarray(entropy), np.asarray(margin)
 
@@ -134,3 +138,72 @@ def test_an_example_depends_on_its_key_only_and_not_on_the_devices(name):
     # goes on differently from there: one of the eight may.
     same = np.isclose(spread, alone[:8], rtol=0, atol=1e-5).all((1, 2, 3))
     assert same.sum() >= 7
+
+
+SHAPES = ((1, 1, 1), (5, 3, 1), (2, 7, 3), (8, 8, 1))
+RADII = {"linf": 1.25, "l2": 4.0, "l1": 12.0, "l0": 5.0}
+
+
+@functools.cache
+def norms_of(name):
+    """The norms that an attack knows: it refuses others when it is traced."""
+    if "norm" not in registry.get("attacks", name).parameters or norm_of(name) == "l0":
+        return (norm_of(name),)
+    known = []
+    for norm in attacks.NORMS:
+        perturb, images, labels, *_ = of_shape(name, SHAPES[1], norm)
+        try:
+            perturb.trace(jax.random.key(0), images, labels, 0.1)
+        except CnnlabError as error:
+            assert "norm: expected one of" in str(error)  # noqa: PT017 - any other norm may pass
+            continue
+        known.append(norm)
+    return tuple(known)
+
+
+@functools.cache
+def of_shape(name, shape, norm):
+    """The attack on images of this shape, the images, what a model says of them, the model."""
+    rng = np.random.default_rng(len(name))
+    hidden, out = (rng.normal(size=size) for size in ((np.prod(shape), 12), (12, 4)))
+
+    def logits(images):
+        return jnp.tanh(images.reshape(len(images), -1) @ jnp.float32(hidden)) @ jnp.float32(out)
+
+    function, fixed = registry.get("attacks", name).function, arguments(name)
+    fixed = fixed | ({"norm": norm} if "norm" in registry.get("attacks", name).parameters else {})
+
+    def perturb(key, images, labels, eps):
+        return function(key, logits, images, labels, **fixed | {"eps": eps})
+
+    images = jnp.asarray(rng.uniform(size=(6, *shape)).round(1), jnp.float32)
+    jitted = jax.jit(perturb, compiler_options=FAST_TO_COMPILE)
+    return jitted, images, logits(images).argmax(-1).astype(jnp.int32), logits
+
+
+@pytest.mark.parametrize("name", FILES.values())
+@settings(
+    max_examples=4,
+    deadline=None,
+    derandomize=True,
+    phases=(Phase.generate,),  # each smaller example would compile anew
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+@given(data=st.data())
+def test_whatever_radius_norm_and_shape(name, data):
+    """Each drawn program meets several radii and keys, which it takes without compiling anew."""
+    shape = data.draw(st.sampled_from(SHAPES), "shape")
+    norm = data.draw(st.sampled_from(norms_of(name)), "norm")
+    perturb, images, labels, logits = of_shape(name, shape, norm)
+    before = losses(images, labels, logits)
+    strengths = st.floats(0, RADII[norm], width=32)
+    for eps in data.draw(st.lists(strengths, min_size=4, max_size=4), "eps"):
+        key = keys.key(data.draw(st.integers(0, 2**31 - 1), "seed"), "attack")
+        made = perturb(key, images, labels, eps)
+        assert np.array_equal(made, perturb(key, images, labels, eps))
+        assert sizes(made, norm, images).max() <= np.float64(np.float32(eps))
+        assert made.min() >= 0
+        assert made.max() <= 1
+        gained = np.subtract(losses(made, labels, logits), before).max(0)
+        fooled = logits(made).argmax(-1) != labels
+        assert ((gained >= -1e-5) | fooled).all()  # the loss that it climbs does not fall
