@@ -77,7 +77,6 @@ class _State(NamedTuple):
     keys: jax.Array
     clean: jax.Array
     labels: jax.Array
-    clean_margin: jax.Array
     images: jax.Array
     margin: jax.Array
     fallen: jax.Array
@@ -106,7 +105,7 @@ def search(
 
     def start(keys: jax.Array, images: jax.Array, labels: jax.Array, number: jax.Array) -> _State:
         begun = first(keys, images)
-        return _State(keys, images, labels, judge(images, labels)[0], begun, *judge(begun, labels))
+        return _State(keys, images, labels, begun, *judge(begun, labels))
 
     def step(state: _State, index: jax.Array) -> _State:
         pixels = math.prod(state.clean.shape[1:3])
@@ -123,11 +122,7 @@ def search(
         )
 
     def outcome(state: _State) -> tuple[jax.Array, jax.Array]:
-        # Where few queries found nothing better than the clean image: that one.
-        worse = (state.margin < state.clean_margin) & ~state.fallen
-        images = jnp.where(_balls.per_example(worse), state.clean, state.images)
-        margin = jnp.maximum(state.margin, state.clean_margin)
-        return images, jnp.where(state.fallen, _search.FALLEN, margin)
+        return state.images, jnp.where(state.fallen, _search.FALLEN, state.margin)
 
     return _search.Search(restarts, steps, start, step, outcome)
 
