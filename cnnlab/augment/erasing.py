@@ -21,6 +21,7 @@ TRIES = 100
 """After as many rectangles that do not fit, random erasing leaves the image as it is."""
 
 TRIES_AT_ONCE = 10
+NOISE = 2**31 - 1  # no number of a try
 
 Number = jax.Array | float
 State = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
@@ -66,16 +67,15 @@ def random_erasing(
     if fill not in FILLS:
         raise CnnlabError(f"random_erasing: fill: expected one of {', '.join(FILLS)}, got {fill!r}")
     image = example.images
-    place, noise, coin = jax.random.split(key, 3)
-    rectangle = draw(place, (image.shape[0], image.shape[1]), area=area, aspect=aspect)
-    erased = jax.random.bernoulli(coin, probability)
+    rectangle, coin = _draw(key, (image.shape[0], image.shape[1]), area=area, aspect=aspect)
+    erased = coin < probability
     rectangle = rectangle._replace(height=jnp.where(erased, rectangle.height, 0))
     if fill == "constant":
         filling = _per_channel(value, image)
     elif fill == "mean":
         filling = image.mean((0, 1), keepdims=True)
     else:
-        filling = _noise(noise, image.shape)
+        filling = _noise(jax.random.fold_in(key, NOISE), image.shape)
     return dataclasses.replace(example, images=_overwritten(image, rectangle, filling))
 
 
@@ -97,30 +97,43 @@ def draw(
     Returns:
         The rectangle; none of its pixels is outside the image. It is empty if none fitted.
     """
+    return _draw(key, size, area=area, aspect=aspect)[0]
+
+
+def _draw(
+    key: jax.Array, size: tuple[int, int], *, area: tuple[Number, Number], aspect: Number
+) -> tuple[Rectangle, jax.Array]:
+    """The rectangle, and one more uniform number.
+
+    On CPU each call of the generator takes its time, however few numbers it makes: one call makes
+    what nearly all examples need.
+    """
     rows, columns = size
     low, high = jnp.asarray([area[0], aspect]), jnp.asarray([area[1], 1 / jnp.asarray(aspect)])
-    corner_key, shape_key = jax.random.split(key)
 
-    def some_tries(state: State) -> State:
-        done = state[0]
-        drawn = jax.random.uniform(jax.random.fold_in(shape_key, done), (2, TRIES_AT_ONCE))
+    def tried(drawn: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         share, ratio = low[:, None] + (high - low)[:, None] * drawn
         heights = jnp.round(jnp.sqrt(rows * columns * share * ratio))
         widths = jnp.round(jnp.sqrt(rows * columns * share / ratio))
         fits = (heights < rows) & (widths < columns)
         first = jnp.argmax(fits)
         height, width = (jnp.where(fits[first], sides[first], 0.0) for sides in (heights, widths))
-        return done + TRIES_AT_ONCE, fits[first], height, width
+        return fits[first], height, width
 
-    # Hardly a batch needs the loop's second turn, and all the draws would take most of the time.
-    start = (jnp.asarray(0), jnp.asarray(False), jnp.asarray(0.0), jnp.asarray(0.0))
+    def again(state: State) -> State:
+        done = state[0]
+        drawn = jax.random.uniform(jax.random.fold_in(key, done), (2, TRIES_AT_ONCE))
+        return done + TRIES_AT_ONCE, *tried(drawn)
+
+    numbers = jax.random.uniform(key, (3 + 2 * TRIES_AT_ONCE,))
+    begun = (jnp.asarray(TRIES_AT_ONCE), *tried(numbers[3:].reshape(2, TRIES_AT_ONCE)))
     *_, height, width = jax.lax.while_loop(
-        lambda state: ~state[1] & (state[0] < TRIES), some_tries, start
+        lambda state: ~state[1] & (state[0] < TRIES), again, begun
     )
-    corner = jax.random.uniform(corner_key, (2,))
-    top = jnp.floor(corner[0] * (rows - height + 1))
-    left = jnp.floor(corner[1] * (columns - width + 1))
-    return Rectangle(*(number.astype(jnp.int32) for number in (top, left, height, width)))
+    top = jnp.floor(numbers[0] * (rows - height + 1))
+    left = jnp.floor(numbers[1] * (columns - width + 1))
+    corners = (number.astype(jnp.int32) for number in (top, left, height, width))
+    return Rectangle(*corners), numbers[2]
 
 
 def cutout(
