@@ -3,10 +3,11 @@
     cnnlab table experiments/adversarial_training.py
 
 LeNet-5 on the whole of Fashion-MNIST, 5 epochs, Linf perturbations of 0.1; an hour and a half on
-two busy CPU cores, half of it AutoAttack's. Rows after Madry et al. 2018 (PGD-AT), Zhang et al. 2019
-(TRADES), Wang et al. 2020 (MART), Wong et al. 2020 (Fast) and Shafahi et al. 2019 (Free); AWP is
-the weight perturbation of Wu et al. 2020. The training's attack makes ten steps in the same ball,
-Fast and Free make one. Seconds an epoch are those of this machine; Free's epoch counts updates.
+two busy CPU cores, half of it AutoAttack's. Rows after Madry et al. 2018 (PGD-AT), Zhang et al.
+2019 (TRADES), Wang et al. 2020 (MART), Wong et al. 2020 (Fast) and Shafahi et al. 2019 (Free); AWP
+is the weight perturbation of Wu et al. 2020. The training's attack makes ten steps in the same
+ball, Fast and Free make one. Seconds an epoch are those of this machine; Free's epoch counts
+updates.
 
 The data are Debian's package `dataset-fashion-mnist`, or the four files of the original release
 under `--data-dir`.

@@ -179,6 +179,10 @@ def test_weight_perturbation_updates_the_weights_that_were_not_moved():
 
     assert apart(one, other) < 1e-5
     assert apart(one, far) > 1e-3
+    # Without a learning rate nothing is left of the perturbation, however large.
+    still = {"defence.awp": 0.5, "optim.learning_rate": 0.0}
+    before, after, _, _ = one_step(recipe("pgd_at", **still))
+    assert apart(before, after) == 0
 
 
 def test_free_keeps_its_perturbation_and_replays_the_batch():
