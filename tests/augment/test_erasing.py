@@ -98,6 +98,18 @@ def test_a_constant_is_written_into_the_rectangle_and_nowhere_else():
     assert_same_law([of_erased(each) for each in changed], theirs, (14, 11))
 
 
+def test_whether_an_image_is_erased_says_nothing_of_the_rectangle():
+    given = batch(8000, (14, 11, 1), low=60)
+    made = apply("random_erasing(probability=0.5, value=(0.1, 0.1, 0.1))", given)
+    changed = (made != given.images).all(-1)
+    erased = changed[changed.any((1, 2))]
+    assert 3500 < len(erased) < 4500
+    rng = np.random.default_rng(4)
+    theirs = [published(rng, 14, 11, (0.02, 0.4), 0.3) for _ in range(20_000)]
+    theirs = [drawn for drawn in theirs if drawn[2] * drawn[3]]
+    assert_same_law([of_erased(each) for each in erased], theirs, (14, 11))
+
+
 def test_noise_is_uniform_over_all_levels_and_drawn_for_each_value():
     given = dataclasses.replace(batch(400, (16, 15, 3)), images=jnp.full((400, 16, 15, 3), 0.5))
     made = apply('random_erasing(probability=1.0, fill="noise")', given)
