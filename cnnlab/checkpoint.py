@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import gc
-import hashlib
 import logging
 import os
 import sys
@@ -22,9 +21,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from cnnlab import record
 from cnnlab.types import CnnlabError, CnnlabWarning, PyTree, TrainState
 
 _copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
@@ -47,6 +46,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, *, best: str) -> None:
         self.folder, self._best = folder, best
+        self._sound: set[int] = set()  # steps that were looked at, so that none is read anew
         self._checkpointer = self._open()
         damaged = []
         while self.steps and (problem := self._problem(self.steps[-1])):
@@ -100,8 +100,10 @@ class Checkpoints:
                 state = self._checkpointer.load(step, abstract)
             except Exception as error:  # whatever a damaged file makes the storage library raise
                 return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
-        if _digest(state) != metadata.custom_metadata.get(DIGEST, _digest(state)):
+        saved = metadata.custom_metadata.get(DIGEST)  # which the first checkpoints lack
+        if saved is not None and saved != _digest(state):
             return "its numbers are not those that were saved"
+        self._sound.add(step)
         return ""
 
     @property
@@ -110,7 +112,7 @@ class Checkpoints:
         return sorted(checkpoint.step for checkpoint in self._checkpointer.checkpoints)
 
     def save(self, state: TrainState, note: dict[str, Any], monitored: float | None) -> None:
-        """Starts writing a checkpoint of `state`; waits only for the one before it.
+        """Starts writing a checkpoint of `state`; waits for the one before it, and for the digest.
 
         Args:
             state: what to save; may be donated to the next step right after the call.
@@ -140,7 +142,7 @@ class Checkpoints:
             CnnlabError: the checkpoint is damaged, or holds another tree; the message lists the
                 differences.
         """
-        if problem := self._problem(step):
+        if step not in self._sound and (problem := self._problem(step)):
             raise CnnlabError(f"{self.folder}/{step} is damaged ({problem})")
         metadata = self._checkpointer.metadata(step)
         wanted = _as_dict(like)
@@ -218,13 +220,8 @@ def _unless_late(unraisable: Any) -> None:
 
 def _digest(tree: PyTree) -> str:
     """SHA-256 over names, types, shapes and bytes, whatever containers hold the leaves."""
-    digest = hashlib.sha256()
-    leaves = ((_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree))
-    for name, leaf in sorted(leaves, key=lambda pair: pair[0]):
-        array = np.asarray(leaf)
-        digest.update(f"{name} {array.dtype} {array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return record.parameters_sha256({_name(path): leaf for path, leaf in leaves})
 
 
 def _set_aside(checkpoint: Path, folder: Path) -> None:

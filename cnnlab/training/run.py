@@ -143,6 +143,8 @@ def extend(
     result = record.read_result(path)
     if result is None:
         raise CnnlabError(f"{path} is not finished; train the run first")
+    # Once for all scores, and only if one is missing.
+    restored = functools.cache(lambda folder: restore(folder, programs)[:3])
     for name in wanted:
         if result["status"] != "done":
             continue
@@ -150,7 +152,7 @@ def extend(
             _require(result["scores"][name].get("findings", ()), allow)
             continue
         place = path / "chunks" / hashlib.sha256(name.encode()).hexdigest()[:16]
-        measured = _measured(name, path, place, programs, allow)
+        measured = _measured(name, path, place, programs, restored, allow)
         with record.RunFolder(path, _config(path)) as folder:
             result = record.read_result(path) or result  # another process may have added a score
             result = result | {"scores": result["scores"] | {name: measured}}
@@ -160,17 +162,22 @@ def extend(
 
 
 def _measured(
-    name: str, path: Path, place: Path, programs: Programs, allow: Sequence[str]
+    name: str,
+    path: Path,
+    place: Path,
+    programs: Programs,
+    restored: Callable[[Path], tuple[ConfigDict, Program, TrainState]],
+    allow: Sequence[str],
 ) -> dict[str, Any]:
     """A score that `extend` is asked for; `place` keeps an attack's finished chunks."""
     text, several, examples = name.rpartition(", first ")
     if text.startswith("certified("):
         return _certified(text, int(examples), path, programs)
-    config, program, state, _ = restore(path, programs)
+    config, program, state = restored(path)
     attack, transferred, source = text.partition(" from ")
     other = None
     if transferred:
-        _, its_program, its_state, _ = restore(path.parent / source, programs)
+        _, its_program, its_state = restored(path.parent / source)
         other = (its_program.logits_of, loop.scored(its_state))
     with record.RunFolder(path, config):
         if several:
