@@ -21,6 +21,13 @@ if TYPE_CHECKING:
 
 LISTS = ("models", "data", "augment", "attacks", "tasks", "configs", "experiments", "runs")
 
+ENVIRONMENT = {
+    "data_dir": "CNNLAB_DATA",
+    "resident": "CNNLAB_RESIDENT",
+    "workers": "CNNLAB_WORKERS",
+}
+"""Options that change no result, and the variables that say the same."""
+
 USER_ERROR = 2
 DOUBTFUL = 3
 INTERRUPTED = 130
@@ -39,8 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _joined(sys.argv[1:] if arguments is None else arguments)
     )
     try:
-        if getattr(options, "data_dir", None):
-            os.environ["CNNLAB_DATA"] = options.data_dir
+        for option, variable in ENVIRONMENT.items():
+            if getattr(options, option, None):
+                os.environ[variable] = getattr(options, option)
         changes = _changes(rest, options)
         if not hasattr(options, "command"):
             parser.print_help()
@@ -121,6 +129,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     common.add_argument(
         "--runs", metavar="DIR", default=Path("runs"), type=Path, help="runs' folders"
+    )
+    common.add_argument(
+        "--resident",
+        metavar="GIB",
+        help="data sets of more images than this are read while training; default 1",
+    )
+    common.add_argument(
+        "--workers", metavar="N", help="processes that read them; default 0: threads"
     )
 
     parser = argparse.ArgumentParser(
@@ -559,7 +575,7 @@ def _show(options: argparse.Namespace, changes: dict[str, str]) -> int:
     if channels not in (1, 3):
         raise CnnlabError(f"{info.name} has images of {channels} channels; 1 or 3 can be drawn")
     positions = stream.epoch(0)[: options.images]
-    images, labels = split.examples.images[positions], split.examples.labels[positions]
+    images, labels = split.get(positions)
     originals = jnp.asarray(images, jnp.float32) / 255
     targets = jax.nn.one_hot(labels, info.num_classes)
     transforms = tuple(config.augment.transforms)
@@ -682,8 +698,7 @@ def _checked(path: Path, eps: float, norm: str, examples: int, programs: Any) ->
     from cnnlab.training import loop, run
 
     config, program, state, _ = run.restore(path, programs)
-    test = run.load_split(config, "test").examples
-    images, labels = test.images[:examples], test.labels[:examples]
+    images, labels = run.load_split(config, "test").first(examples)
     found = checklist.full(
         program.logits_of, loop.scored(state), images, labels, eps=eps, norm=norm, seed=config.seed
     )
@@ -736,8 +751,8 @@ def _draw_gallery(
     config, program, state, _ = run.restore(path, programs)
     split, variables = run.load_split(config, "test"), loop.scored(state)
     logits_of = backend.jit(program.logits_of)
-    pixels = split.examples.images[: len(robust)].astype(np.float32) / 255
-    labels = split.examples.labels[: len(robust)]
+    given, labels = split.first(len(robust))
+    pixels = given.astype(np.float32) / 255
     clean = np.asarray(logits_of(variables, pixels))
     kinds = {
         "fooled": (clean.argmax(1) == labels) & ~robust,
@@ -746,7 +761,7 @@ def _draw_gallery(
     rows = np.concatenate([np.flatnonzero(k)[: adversarial.ROWS] for k in kinds.values()])
     if not len(rows):
         raise CnnlabError("--gallery: the model is wrong on all examples as they are")
-    images = split.examples.images[rows]
+    images = given[rows]
     made = robustness.attack(
         text, program.logits_of, variables, images, labels[rows], seed=config.seed, positions=rows
     ).images

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from cnnlab.types import CnnlabError
@@ -46,4 +47,31 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def split_batch(mesh: Mesh) -> NamedSharding:
     """The first axis split over the devices."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+    return split_axis(mesh, 0)
+
+
+def split_axis(mesh: Mesh, axis: int) -> NamedSharding:
+    """This axis split over the devices."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
+
+
+def local_rows(mesh: Mesh, size: int) -> np.ndarray:
+    """Which rows of a batch of this size lie on this process's devices, ascending; int32."""
+    held = split_batch(mesh).addressable_devices_indices_map((size,))
+    rows = [np.arange(size, dtype=np.int32)[index] for index in held.values() if index is not None]
+    return np.unique(np.concatenate(rows))
+
+
+def put(
+    local: np.ndarray, sharding: NamedSharding, shape: tuple[int, ...] | None = None
+) -> jax.Array:
+    """An array on the devices of a mesh, of one process or of several.
+
+    Args:
+        local: what this process has of it: all of it, or the rows of `local_rows`.
+        sharding: how it lies on the devices.
+        shape: of the whole array; that of `local` if `None`.
+    """
+    if sharding.is_fully_addressable:
+        return jax.device_put(local, sharding)
+    return jax.make_array_from_process_local_data(sharding, local, shape or local.shape)

@@ -1,49 +1,138 @@
-"""Batches as a function of (seed, step), from data that lives on the device.
+"""Batches as a function of (seed, step), from data on the devices or streamed to them.
 
 A run sees an endless stream of examples: the training split in a new order each epoch. Step t takes
 the examples t·B to (t + 1)·B of that stream, so nothing is dropped at the end of an epoch and a
-resumed run needs only its step. Data sets that fit are put on the devices once, as uint8; what
-travels each step is B indices.
+resumed run needs only its step.
+
+Data sets that fit are put on the devices once, as uint8; what travels each step is B indices.
+Larger ones are read by Grain, in threads or worker processes, some batches ahead; each host reads
+only the examples of its own devices. Both ways give the same batches.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import math
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, Protocol
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from cnnlab import keys, parallel, registry
-from cnnlab.types import CnnlabError, DatasetInfo, Examples, Source, fingerprint
+from cnnlab.types import CnnlabError, DatasetInfo, Examples, Source, StreamedSource, fingerprint
+
+RESIDENT = "CNNLAB_RESIDENT"
+"""Names the GiB up to which a split is kept on every device; 1 where it is not set."""
+
+WORKERS = "CNNLAB_WORKERS"
+"""Names how many processes read streamed images; 0, or not set: threads of this one."""
+
+_CHUNK = 64
+_BATCH_BYTES = 2**30
+"""At most so much is read ahead."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Split:
-    """One split of a data set, on the host and on the devices of a mesh.
+class Fed(NamedTuple):
+    """What a compiled function takes of a split: a batch, or the whole and where the batch is.
 
     Attributes:
-        info: the data set.
-        examples: on the host.
-        images: [N, H, W, C] uint8, on every device.
-        labels: [N] int32, on every device.
-        fingerprint: SHA-256 of the examples, 16 digits.
+        images: [N, H, W, C] uint8 on every device; streamed: the batch, [..., B, H, W, C], split
+            over the devices.
+        labels: [N] int32; streamed: [..., B].
+        indices: [..., B] int32; streamed: `None`.
     """
 
-    info: DatasetInfo
-    examples: Examples
     images: jax.Array
     labels: jax.Array
-    fingerprint: str
+    indices: np.ndarray | jax.Array | None
+
+
+class Positions(Protocol):
+    """Batches to be read: of each, which examples of the split; any number of leading axes."""
 
     def __len__(self) -> int:
-        return len(self.examples.labels)
+        """How many batches."""
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        """The positions of a batch, [..., B] int32."""
 
 
-@functools.lru_cache(maxsize=8)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Split:
+    """One split of a data set.
+
+    Attributes:
+        source: reads it.
+        labels: [N] int32, on the host.
+        fingerprint: 16 hex digits that tell its examples from all others.
+        mesh: the devices.
+        resident: images and labels on every device, or `None` where they are streamed.
+    """
+
+    source: Source
+    labels: np.ndarray
+    fingerprint: str
+    mesh: Mesh
+    resident: tuple[jax.Array, jax.Array] | None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def info(self) -> DatasetInfo:
+        """The data set."""
+        return self.source.info
+
+    def get(self, positions: np.ndarray) -> Examples:
+        """The examples at these positions, on the host: [n, H, W, C] uint8 and [n] int32."""
+        return _parallel_get(self.source, np.asarray(positions))
+
+    def first(self, count: int) -> Examples:
+        """The first examples, or all where there are fewer."""
+        return self.get(np.arange(min(count, len(self))))
+
+    def fed(self, positions: np.ndarray) -> Fed:
+        """What the compiled functions take of one batch, read now."""
+        return next(self.feed([positions]))
+
+    def feed(self, batches: Positions) -> Iterator[Fed]:
+        """What the compiled functions take, batch by batch.
+
+        Streamed batches are read and sent to the devices ahead of their use; close the iterator to
+        end that early.
+        """
+        if self.resident is None:
+            return _streamed(self.source, batches, self.mesh)
+        images, labels = self.resident
+        return (Fed(images, labels, batches[number]) for number in range(len(batches)))
+
+    def with_images(self, images: np.ndarray | Source) -> Split:
+        """The same split with other images.
+
+        Args:
+            images: [N, H, W, C] uint8, which are put on the devices, or what reads them.
+        """
+        if not isinstance(images, np.ndarray):
+            return dataclasses.replace(self, source=images, resident=None)
+        everywhere = parallel.replicated(self.mesh)
+        labels = parallel.put(self.labels, everywhere) if not self.resident else self.resident[1]
+        return dataclasses.replace(
+            self,
+            source=_InMemory(self.info, Examples(images, self.labels)),
+            resident=(parallel.put(images, everywhere), labels),
+        )
+
+
 def load(name: str, split: str, mesh: Mesh, **fields: object) -> Split:
-    """Reads a split of a data set and puts it on the devices; the last eight stay there.
+    """A split of a data set, on the devices if it is small enough; the last eight stay there.
+
+    `CNNLAB_RESIDENT` says how many GiB are small enough.
 
     Args:
         name: the data set's name in the registry.
@@ -54,17 +143,134 @@ def load(name: str, split: str, mesh: Mesh, **fields: object) -> Split:
     Raises:
         CnnlabError: the data set is unknown, missing or damaged.
     """
+    return _load(name, split, mesh, int(_number(RESIDENT, 1.0) * 2**30), **fields)
+
+
+@functools.lru_cache(maxsize=8)
+def _load(name: str, split: str, mesh: Mesh, limit: int, **fields: object) -> Split:
     plugin = registry.get("data", name)
     source: Source = plugin.function(split, **plugin.fields | fields)
-    examples = source.get(np.arange(len(source)))
-    everywhere = parallel.replicated(mesh)
-    return Split(
-        info=source.info,
-        examples=examples,
-        images=jax.device_put(examples.images, everywhere),
-        labels=jax.device_put(examples.labels, everywhere),
-        fingerprint=fingerprint(examples),
+    small = len(source) * math.prod(source.info.image_shape) <= limit
+    if isinstance(source, StreamedSource):
+        told = source.fingerprint
+        if not small:
+            return Split(source, source.labels, told, mesh, None)
+        examples = _parallel_get(source, np.arange(len(source)))
+    else:
+        examples = source.get(np.arange(len(source)))
+        told = fingerprint(examples)
+    whole = Split(_InMemory(source.info, examples), examples.labels, told, mesh, None)
+    return whole.with_images(examples.images) if small else whole
+
+
+def _number(variable: str, default: float) -> float:
+    """A number of at least 0 from the environment."""
+    text = os.environ.get(variable, "")
+    try:
+        value = float(text) if text else default
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise CnnlabError(f"{variable}: expected a number of at least 0, got {text!r}")
+    return value
+
+
+@dataclasses.dataclass(frozen=True)
+class _InMemory:
+    info: DatasetInfo
+    examples: Examples
+
+    def __len__(self) -> int:
+        return len(self.examples.labels)
+
+    def get(self, indices: np.ndarray) -> Examples:
+        return Examples(self.examples.images[indices], self.examples.labels[indices])
+
+
+def _parallel_get(source: Source, positions: np.ndarray) -> Examples:
+    """Reads examples in threads: decoding lets go of Python's lock."""
+    if isinstance(source, _InMemory) or len(positions) <= _CHUNK:
+        return source.get(positions)
+    parts = [positions[at : at + _CHUNK] for at in range(0, len(positions), _CHUNK)]
+    images = np.empty((len(positions), *source.info.image_shape), np.uint8)
+    labels = np.empty(len(positions), np.int32)
+
+    def read(number: int) -> None:
+        at = slice(number * _CHUNK, number * _CHUNK + len(parts[number]))
+        images[at], labels[at] = source.get(parts[number])
+
+    with ThreadPoolExecutor() as pool:
+        for _ in pool.map(read, range(len(parts))):  # raises what a thread raised
+            pass
+    return Examples(images, labels)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    """What Grain's threads and processes run: the part of a batch that belongs to this host."""
+
+    source: Source
+    batches: Positions
+    rows: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        positions = self.batches[number][..., self.rows]
+        images, labels = self.source.get(positions.ravel())
+        return images.reshape(*positions.shape, *images.shape[1:]), labels.reshape(positions.shape)
+
+
+def _streamed(source: Source, batches: Positions, mesh: Mesh) -> Iterator[Fed]:
+    """Reads batches with Grain and sends them to the devices, one ahead of its use."""
+    if not len(batches):
+        return
+    shape = batches[0].shape
+    split = parallel.split_axis(mesh, len(shape) - 1)
+    reader = _Reader(source, batches, parallel.local_rows(mesh, shape[-1]))
+    ahead: Fed | None = None
+    with contextlib.closing(_read_ahead(reader)) as read:
+        for images, labels in read:
+            fed = Fed(
+                parallel.put(images, split, (*shape, *images.shape[len(shape) :])),
+                parallel.put(labels, split, shape),
+                None,
+            )
+            if ahead is not None:
+                yield ahead
+            ahead = fed
+    if ahead is not None:
+        yield ahead
+
+
+def _read_ahead(reader: _Reader) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    import grain  # a second that only streamed data need
+
+    size = max(1, len(reader.rows) * math.prod(reader.source.info.image_shape))
+    ahead = int(min(max(_BATCH_BYTES // size, 2), 16))
+    workers = int(_number(WORKERS, 0))
+    threads = min(ahead, 2 if workers else max(os.cpu_count() or 1, 2))
+    data = grain.MapDataset.source(reader).to_iter_dataset(
+        grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead if not workers else 2)
     )
+    if workers:
+        from absl import flags
+
+        # Grain hands the flags of absl to its workers, and fails where nobody has read them.
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()
+        data = data.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2),
+            worker_init_fn=_begin_worker,
+        )
+    yield from data
+
+
+def _begin_worker(number: int, workers: int) -> None:
+    """Keeps a worker, which computes the order of examples, off the accelerator."""
+    del number, workers
+    jax.config.update("jax_platforms", "cpu")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -130,14 +336,15 @@ class Stream:
 
     def epoch(self, number: int) -> np.ndarray:
         """The training positions in the order of one epoch, [n] int32."""
-        if number not in self._orders:
+        order = self._orders.get(number)
+        if order is None:
             key = keys.key(self.seed, "shuffle", number)
             order = self.train[np.asarray(jax.random.permutation(key, len(self.train)))]
-            # A batch spans two epochs at most. Each stream keeps its own: many may run at once.
-            for old in [n for n in self._orders if abs(n - number) > 1]:
-                del self._orders[old]
+            # A batch spans two epochs at most, and several threads ask for batches near each other.
+            for old in [n for n in tuple(self._orders) if abs(n - number) > 2]:
+                self._orders.pop(old, None)
             self._orders[number] = order
-        return self._orders[number]
+        return order
 
     def batch(self, step: int) -> np.ndarray:
         """The positions of the examples of one step, [B] int32."""
@@ -148,3 +355,26 @@ class Stream:
         if first == last:
             return self.epoch(first)[places]
         return np.where(epochs == first, self.epoch(first)[places], self.epoch(last)[places])
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """The batches of updates `start` to `stop` of one run, or of several side by side.
+
+    Attributes:
+        streams: of the runs; several give batches with a leading axis.
+        start: the first update.
+        stop: the one after the last.
+    """
+
+    streams: Sequence[Stream]
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return max(self.stop - self.start, 0)
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        """The positions of a batch, [B] or [runs, B] int32."""
+        batches = [stream.batch(self.start + number) for stream in self.streams]
+        return np.stack(batches) if len(batches) > 1 else batches[0]

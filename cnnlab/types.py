@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -148,6 +148,22 @@ class Source(Protocol):
 
     def get(self, indices: np.ndarray) -> Examples:
         """The examples at these positions, in this order."""
+
+
+@runtime_checkable
+class StreamedSource(Source, Protocol):
+    """A split that may be larger than memory: images are read as they are asked for.
+
+    It can be pickled and is read by several threads and processes at once.
+    """
+
+    @property
+    def labels(self) -> np.ndarray:
+        """[N] int32, known without reading an image."""
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits that change when the examples do, found without reading all of them."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -51,7 +51,7 @@ def step(case: Case, *, augmented: bool) -> Workload:
     def once() -> None:
         nonlocal state
         state, packed = program.train_step(
-            state, split.images, split.labels, indices, jnp.int32(0), hyper
+            state, split.fed(indices), jnp.int32(0), hyper
         )
         jax.block_until_ready(packed)
 

@@ -7,6 +7,7 @@ CIFAR-10-C, and the mean corruption error against a baseline.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, get_args
@@ -14,7 +15,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from cnnlab.evaluation import _corruptions
-from cnnlab.types import CnnlabError
+from cnnlab.types import CnnlabError, DatasetInfo, Examples, Source
 
 Scale = Literal["auto", "small", "large"]
 
@@ -141,6 +142,34 @@ def cached(
             return result
         _cache[key] = result
     return _cache[key]
+
+
+@dataclasses.dataclass(frozen=True)
+class Corrupted:
+    """A split under one corruption, made as it is read; what `corrupt` makes of the whole.
+
+    Attributes:
+        source: the split.
+        name: as for `corrupt`.
+        severity: as for `corrupt`.
+    """
+
+    source: Source
+    name: str
+    severity: int
+
+    @property
+    def info(self) -> DatasetInfo:
+        """What the data set is."""
+        return self.source.info
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def get(self, indices: np.ndarray) -> Examples:
+        """The examples at these positions, corrupted."""
+        images, labels = self.source.get(indices)
+        return Examples(corrupt(images, self.name, self.severity, positions=indices), labels)
 
 
 def corruption_errors(

@@ -6,29 +6,41 @@ depends neither on the batch size nor on how the last batch is padded.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from scipy.special import log_softmax
 
-LogitsFn = Callable[[np.ndarray], jax.Array]
+_Fed = TypeVar("_Fed")
+
+_QUEUED = 8
 
 
-def predict(logits_fn: LogitsFn, positions: np.ndarray, batch_size: int) -> np.ndarray:
+def predict(
+    logits_fn: Callable[[_Fed], jax.Array],
+    feed: Callable[[Sequence[np.ndarray]], Iterator[_Fed]],
+    positions: np.ndarray,
+    batch_size: int,
+) -> np.ndarray:
     """The logits of all examples at these positions; [n, K] float32.
 
     Args:
-        logits_fn: takes [batch_size] int32 positions, gives [batch_size, K].
+        logits_fn: gives [batch_size, K] for what `feed` makes of one batch.
+        feed: takes batches of positions, each [batch_size] int32, gives what `logits_fn` takes, as
+            `pipeline.Split.feed` does.
         positions: [n] int32; n may be any number: the last batch is padded, its padding dropped.
         batch_size: examples a call.
     """
-    parts = []
-    for start in range(0, len(positions), batch_size):
-        taken = positions[start : start + batch_size]
-        padded = np.pad(taken, (0, batch_size - len(taken)), mode="edge")
-        parts.append(logits_fn(padded)[: len(taken)])
+    starts = range(0, len(positions), batch_size)
+    batches = [positions[start : start + batch_size] for start in starts]
+    padded = [np.pad(b, (0, batch_size - len(b)), mode="edge") for b in batches]
+    parts: list[jax.Array] = []
+    for batch, fed in zip(batches, feed(padded), strict=True):
+        parts.append(logits_fn(fed)[: len(batch)])
+        if len(parts) > _QUEUED:  # or all batches of a streamed split would wait on the device
+            jax.block_until_ready(parts[-_QUEUED - 1])
     return np.concatenate(jax.device_get(parts))
 
 

@@ -24,7 +24,7 @@ from cnnlab.registry import did_you_mean
 from cnnlab.reporting import tables
 from cnnlab.reporting.statistics import summarise
 from cnnlab.reporting.tables import TableSpec
-from cnnlab.types import CnnlabError, Record
+from cnnlab.types import CnnlabError, Record, Source
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -249,7 +249,7 @@ def mistakes(
     path: str | os.PathLike[str],
     *,
     row: str,
-    images: np.ndarray,
+    test: Source,
     count: int = 24,
 ) -> Path:
     """Test images that most of a row's seeds get wrong, with what they were taken for.
@@ -262,21 +262,20 @@ def mistakes(
         records: its runs.
         path: where to.
         row: whose mistakes.
-        images: [N, H, W, C] uint8, the whole test split in order; C is 1 or 3.
+        test: the test split; its images have 1 or 3 channels.
         count: how many at most.
 
     Raises:
-        CnnlabError: as `tables.build`; unknown row; none of its runs finished; images that are not
-            the test split's; no mistake at all.
+        CnnlabError: as `tables.build`; unknown row; none of its runs finished; a split of another
+            size than was scored; no mistake at all.
     """
     of_row = _runs_of(spec, records, row)
     first = next(iter(of_row.values()))
     names, expected = first["class_names"], first["test_set"]["examples"]
-    if images.ndim != 4 or len(images) != expected or images.dtype != np.uint8:
+    if len(test) != expected:
         raise CnnlabError(
-            f"mistakes of {row!r}: expected uint8 images [{expected}, H, W, C], the whole "
-            f"{first['test_set']['name']} {first['test_set']['split']} split, got {images.dtype} "
-            f"{list(images.shape)}"
+            f"mistakes of {row!r}: expected the {expected} images of the "
+            f"{first['test_set']['name']} {first['test_set']['split']} split, got {len(test)}"
         )
     labels = decode_labels(first["predictions"]["labels"])
     predicted = np.stack([decode_labels(r["predictions"]["test"]) for r in of_row.values()])
@@ -287,14 +286,15 @@ def mistakes(
         raise CnnlabError(f"{row!r} makes no mistake on {expected} test images; nothing to show")
     columns = min(6, len(chosen))
     lines = -(-len(chosen) // columns)
+    images = test.get(np.array(chosen)).images
 
     def draw(figure: Figure) -> None:
         panels = figure.subplots(lines, columns, squeeze=False).ravel()
         for axes in panels:
             axes.set_axis_off()
-        for axes, i in zip(panels, chosen, strict=False):
-            image = images[i, ..., 0] if images.shape[-1] == 1 else images[i]
-            axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        for axes, i, image in zip(panels, chosen, images, strict=False):
+            shown = image[..., 0] if image.shape[-1] == 1 else image
+            axes.imshow(shown, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
             taken = int(np.argmax(np.bincount(predicted[wrong[:, i], i])))
             text = "\n".join(
                 [
@@ -347,7 +347,7 @@ def write_all(
     spec: TableSpec,
     records: Iterable[Record],
     folder: str | os.PathLike[str],
-    images: np.ndarray | None = None,
+    test: Source | None = None,
     which: Sequence[str] = FIGURES,
     *,
     row: str | None = None,
@@ -359,7 +359,7 @@ def write_all(
         spec: the table.
         records: its runs.
         folder: where to.
-        images: [N, H, W, C] uint8, the whole test split; needed for `"mistakes"`.
+        test: the test split; needed for `"mistakes"`.
         which: names out of `FIGURES`. `"score_cost"` is drawn once against parameters, MACs and
             seconds each.
         row: whose confusion matrix and mistakes. `None` takes the row with the best mean
@@ -371,14 +371,14 @@ def write_all(
         The files; none where no run finished.
 
     Raises:
-        CnnlabError: as the single figures; an unknown name; `"mistakes"` without images.
+        CnnlabError: as the single figures; an unknown name; `"mistakes"` without the test split.
     """
     for name in which:
         if name not in FIGURES:
             raise CnnlabError(
                 f"unknown figure {name!r}{did_you_mean(name, FIGURES)}. Known: {', '.join(FIGURES)}"
             )
-    if "mistakes" in which and images is None:
+    if "mistakes" in which and test is None:
         raise CnnlabError("the figure 'mistakes' needs the test images; give them or leave it out")
     records, folder = list(records), Path(folder)
     runs = {n: tables.finished(of_row) for n, of_row in tables.by_row(spec, records).items()}
@@ -405,9 +405,9 @@ def write_all(
             written.append(
                 confusion_matrix(spec, records, folder / f"confusion.{ending}", row=shown)
             )
-        elif images is not None and _errs(runs.get(shown, {})):
+        elif test is not None and _errs(runs.get(shown, {})):
             written.append(
-                mistakes(spec, records, folder / f"mistakes.{ending}", row=shown, images=images)
+                mistakes(spec, records, folder / f"mistakes.{ending}", row=shown, test=test)
             )
     return written
 

@@ -220,7 +220,7 @@ def _speed(run: Run, programs: Programs) -> float:
     for step in range(6):
         start = time.perf_counter()
         state, _ = program.train_step(
-            state, split.images, split.labels, stream.batch(step), jnp.int32(config.seed), hyper
+            state, split.fed(stream.batch(step)), jnp.int32(config.seed), hyper
         )
         jax.block_until_ready(state)
         seconds.append(time.perf_counter() - start)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cnnlab import config as config_lib
-from cnnlab import record
+from cnnlab import pipeline, record
 from cnnlab.evaluation import corruption
 from cnnlab.reporting import figures, tables
 from cnnlab.sweep.executor import Plan
@@ -44,8 +44,8 @@ def write(
         (folder / "runs" / stale).unlink()
     written = list(tables.write(table, folder))
     if any(result["status"] == "done" for result in records):
-        images = _test_images(loaded, records) if "mistakes" in loaded.figures else None
-        written += figures.write_all(loaded.spec, records, folder, images, which=loaded.figures)
+        test = _test_split(loaded, records) if "mistakes" in loaded.figures else None
+        written += figures.write_all(loaded.spec, records, folder, test, which=loaded.figures)
     return table, written
 
 
@@ -199,8 +199,8 @@ def slugs(rows: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def _test_images(loaded: Loaded, records: Sequence[dict[str, Any]]) -> np.ndarray:
-    """The test images that the figure of mistakes shows: those of the row that it shows.
+def _test_split(loaded: Loaded, records: Sequence[dict[str, Any]]) -> pipeline.Split:
+    """The test split that the figure of mistakes shows: that of the row that it shows.
 
     Raises:
         CnnlabError: the data set here is not the one that was scored.
@@ -213,4 +213,4 @@ def _test_images(loaded: Loaded, records: Sequence[dict[str, Any]]) -> np.ndarra
             f"row {row!r}: the test images of {test.info.name} here (fingerprint "
             f"{test.fingerprint}) are not those that were scored ({scored})"
         )
-    return test.examples.images
+    return test

@@ -18,7 +18,7 @@ from cnnlab import config as config_lib
 from cnnlab import record
 from cnnlab.checkpoint import Checkpoints
 from cnnlab.evaluation import scores
-from cnnlab.pipeline import Split, Stream
+from cnnlab.pipeline import Split, Steps, Stream
 from cnnlab.record import RunFolder
 from cnnlab.training import defence, optim
 from cnnlab.training.step import Program
@@ -203,13 +203,11 @@ def fit(
     def state_of(index: int) -> TrainState:
         return program.member(state, index) if together else state
 
-    def update(state: TrainState, step: int) -> tuple[TrainState, jax.Array]:
-        batches = [member.stream.batch(step) for member in members]
-        indices = np.stack(batches) if together else batches[0]
-        return train_step(state, split.images, split.labels, indices, seed, hyper)
-
-    if not program.has_run(len(members)):  # The first update compiles: off the clock, thrown away.
-        jax.block_until_ready(update(jax.tree.map(jnp.copy, state), 0))
+    feeding = split.feed(Steps([member.stream for member in members], step, steps))
+    fed = next(feeding, None)
+    if fed is not None and not program.has_run(len(members)):
+        # The first update compiles: off the clock, thrown away.
+        jax.block_until_ready(train_step(jax.tree.map(jnp.copy, state), fed, seed, hyper))
     unread: collections.deque[tuple[int, jax.Array]] = collections.deque()
 
     def read(leave: int) -> None:
@@ -235,8 +233,9 @@ def fit(
         return [i for i, track in enumerate(tracks) if track.outcome is None]
 
     while step < steps and active():
-        state, packed = update(state, step)
+        state, packed = train_step(state, fed, seed, hyper)
         step += 1
+        fed = next(feeding, None)  # while the devices compute
         unread.append((step, packed))
         read(leave=LAG)
         for index in active():
@@ -365,13 +364,14 @@ class _Track:
         params, batch_stats = scored(state)
         positions = self.member.stream.validation
         logits = scores.predict(
-            lambda taken: self.program.logits(params, batch_stats, self.split.images, taken),
+            lambda fed: self.program.logits(params, batch_stats, fed),
+            self.split.feed,
             positions,
             self.member.config.eval.batch_size,
         )
         if not np.isfinite(logits).all():
             return None
-        found = scores.summary(logits, self.split.examples.labels[positions])
+        found = scores.summary(logits, self.split.labels[positions])
         if "validation" in self.program.attacked:
             found["robust"] = self._under("validation", state, positions)
         return found
@@ -380,18 +380,14 @@ class _Track:
         """The accuracy at these positions under one of the program's attacks."""
         config = self.member.config
         logits = scores.predict(
-            lambda taken: self.program.attacked[purpose](
-                *scored(state),
-                self.split.images,
-                self.split.labels,
-                taken,
-                jnp.int32(config.seed),
-                self.hyper,
+            lambda fed: self.program.attacked[purpose](
+                *scored(state), fed, jnp.int32(config.seed), self.hyper
             ),
+            self.split.feed,
             positions,
             config.eval.batch_size,
         )
-        return scores.summary(logits, self.split.examples.labels[positions])["top1"]
+        return scores.summary(logits, self.split.labels[positions])["top1"]
 
     def _hold_against(self, state: TrainState, step: int) -> dict[str, float]:
         """How training examples stand the training's own single step, and a stronger attack."""

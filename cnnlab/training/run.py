@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -21,7 +20,7 @@ from cnnlab.checkpoint import Checkpoints
 from cnnlab.evaluation import certification, checklist, chunks, corruption, robustness, scores
 from cnnlab.training import defence, loop, optim
 from cnnlab.training.step import Program, Programs
-from cnnlab.types import CnnlabError, PyTree, TrainState
+from cnnlab.types import CnnlabError, PyTree, Source, TrainState
 
 
 def load_split(config: ConfigDict, split: str) -> pipeline.Split:
@@ -222,13 +221,13 @@ def certify(
     if file.exists() and (kept := record.read_json(file))["about"] == about:
         return dict(kept)
     config, program, state, _ = restore(path, programs)
-    split, unfinished = load_split(config, "test"), path / file.stem
+    looked_at, unfinished = load_split(config, "test").first(examples), path / file.stem
     with record.RunFolder(path, config):
         counts = certification.count(
             keys.key(config.seed, "certification"),
             program.logits_of,
             loop.scored(state),
-            split.examples.images[:examples],
+            looked_at.images,
             smoothing,
             batch_size=batch_size or config.eval.batch_size,
             mesh=program.mesh,
@@ -236,7 +235,7 @@ def certify(
             about={"identity": result["identity"]},
         )
         found = {
-            **certification.summary(counts, split.examples.labels[:examples], smoothing),
+            **certification.summary(counts, looked_at.labels, smoothing),
             "about": about,
             "code": record.code_version(),
             "environment": record.environment(program.mesh.size),
@@ -272,21 +271,22 @@ def _corrupted(config: ConfigDict, program: Program, state: TrainState) -> dict[
     """
     split = load_split(config, "test")
     params, batch_stats = loop.scored(state)
-    positions, labels = np.arange(len(split), dtype=np.int32), split.examples.labels
+    positions = np.arange(len(split), dtype=np.int32)
     errors: dict[str, list[float]] = {}
     for name in corruption.CORRUPTIONS:
         errors[name] = []
         for severity in corruption.SEVERITIES:
-            images = jax.device_put(
-                corruption.cached(split.examples.images, split.fingerprint, name, severity),
-                parallel.replicated(program.mesh),
-            )
+            images: np.ndarray | Source = corruption.Corrupted(split.source, name, severity)
+            if split.resident is not None:
+                everything = split.get(positions).images
+                images = corruption.cached(everything, split.fingerprint, name, severity)
             logits = scores.predict(
-                functools.partial(program.logits, params, batch_stats, images),
+                functools.partial(program.logits, params, batch_stats),
+                split.with_images(images).feed,
                 positions,
                 config.eval.batch_size,
             )
-            errors[name].append(float((logits.argmax(1) != labels).mean()))
+            errors[name].append(float((logits.argmax(1) != split.labels).mean()))
     return {"errors": errors, "top1": 1 - float(np.mean(list(errors.values())))}
 
 
@@ -317,7 +317,7 @@ def _attacked(
         example, encoded; `findings`: those that were allowed, as dicts.
     """
     split = load_split(config, "test")
-    images, labels = split.examples.images[:examples], split.examples.labels[:examples]
+    images, labels = split.first(examples)
     variables = loop.scored(state)
     findings = checklist.outputs(program.logits_of, variables, images, labels)
     _require(map(dataclasses.asdict, findings), allow)
@@ -411,11 +411,12 @@ def score(
     """All scores over some examples of a split, and their logits [n, K]."""
     params, batch_stats = loop.scored(state)
     logits = scores.predict(
-        lambda taken: program.logits(params, batch_stats, split.images, taken),
+        functools.partial(program.logits, params, batch_stats),
+        split.feed,
         positions,
         config.eval.batch_size,
     )
-    labels = split.examples.labels[positions]
+    labels = split.labels[positions]
     return scores.classification(logits, labels, bins=config.eval.calibration_bins), logits
 
 
@@ -491,7 +492,7 @@ def _result(
         result["scores"]["validation"], _ = score(config, program, state, split, stream.validation)
     result["predictions"] = {
         "test": encoding.encode_labels(logits.argmax(1)),
-        "labels": encoding.encode_labels(test.examples.labels),
+        "labels": encoding.encode_labels(test.labels),
     }
-    folder.write_predictions(logits, test.examples.labels)
+    folder.write_predictions(logits, test.labels)
     return result

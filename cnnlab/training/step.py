@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from cnnlab import attacks, augment, backend, keys, models, parallel, registry
 from cnnlab import config as config_lib
 from cnnlab.evaluation import robustness
+from cnnlab.pipeline import Fed
 from cnnlab.training import defence, optim
 from cnnlab.types import Batch, CnnlabError, DatasetInfo, Hyper, Outputs, PyTree, TrainState
 
@@ -37,20 +38,19 @@ class Program:
         module: the network; takes normalised images.
         mesh: the devices.
         init: (seed, hyper) -> TrainState, on all devices of the mesh.
-        train_step: (state, images, labels, indices, seed, hyper) -> (state, metrics); `images`
-            [N, H, W, C] uint8 and `labels` [N] the whole training split, `indices` [B] int32 the
-            batch, metrics [M, 2] float32 the (sum, count) of each of `metric_names`. Donates
+        train_step: (state, fed, seed, hyper) -> (state, metrics); `fed` (`pipeline.Fed`) gives the
+            batch, metrics are [M, 2] float32, the (sum, count) of each of `metric_names`. Donates
             `state`.
-        train_together: the same for several runs: state, indices, seed, hyper and metrics have a
-            leading axis.
+        train_together: the same for several runs: state, what tells their batches, seed, hyper and
+            metrics have a leading axis.
         stack: states -> one state with a leading axis.
         member: (that state, index) -> the state of one.
-        logits: (params, batch_stats, images, indices) -> [E, K] float32, in evaluation mode.
+        logits: (params, batch_stats, fed) -> [E, K] float32, in evaluation mode.
         logits_of: ((params, batch_stats), images [B, H, W, C] in [0, 1]) -> [B, K] float32, in
             evaluation mode; not compiled: attacks differentiate and compile it.
-        attacked: purpose -> (params, batch_stats, images, labels, indices, seed, hyper) -> logits
-            [E, K] of attacked images: `validation` (`eval.attack`) and, to see catastrophic
-            overfitting, `own` and `stronger`; see `defence`.
+        attacked: purpose -> (params, batch_stats, fed, seed, hyper) -> logits [E, K] of attacked
+            images: `validation` (`eval.attack`) and, to see catastrophic overfitting, `own` and
+            `stronger`; see `defence`.
         metric_names: the rows of the metrics of `train_step`; known once it has been traced.
         traces: how often `train_step` has been traced; 1 however many runs share the program.
         compiled: of how many runs at once there are compiled updates.
@@ -106,8 +106,14 @@ def make_program(config: ConfigDict, info: DatasetInfo) -> Program:
     def normalise(images: jax.Array) -> jax.Array:
         return (images - mean[None, None, None]) / std[None, None, None]
 
-    def pixels(images: jax.Array, indices: jax.Array) -> jax.Array:
-        return images[jax.lax.with_sharding_constraint(indices, split)].astype(jnp.float32) / 255
+    def pixels(fed: Fed) -> jax.Array:
+        images = fed.images
+        if fed.indices is not None:
+            images = images[jax.lax.with_sharding_constraint(fed.indices, split)]
+        return images.astype(jnp.float32) / 255
+
+    def labels_of(fed: Fed) -> jax.Array:
+        return fed.labels if fed.indices is None else fed.labels[fed.indices]
 
     def init_state(variables: PyTree, hyper: Hyper) -> TrainState:
         params, batch_stats = variables["params"], variables.get("batch_stats", {})
@@ -148,17 +154,16 @@ def make_program(config: ConfigDict, info: DatasetInfo) -> Program:
 
     def train_step(
         state: TrainState,
-        images: jax.Array,
-        labels: jax.Array,
-        indices: jax.Array,
+        fed: Fed,
         seed: jax.Array,
         hyper: Hyper,
     ) -> tuple[TrainState, jax.Array]:
         program.traces += 1
-        targets = labels[indices]
+        targets = labels_of(fed)
+        size = len(targets)
         if soft:
             targets = jax.nn.one_hot(targets, info.num_classes)
-        batch = Batch(pixels(images, indices), targets, jnp.ones(len(indices)))
+        batch = Batch(pixels(fed), targets, jnp.ones(size))
         shown = state.step // config.defence.replays if guard == "free" else state.step
         numbers, key = hyper["augment.transforms"], keys.key(seed, "augment", shown)
         if consistent:
@@ -200,8 +205,8 @@ def make_program(config: ConfigDict, info: DatasetInfo) -> Program:
                 clean, batch_stats = forward(params, batch_stats, batch.images, dropout_key)
             outputs, batch_stats = forward(params, batch_stats, shifted, dropout_key)
             if consistent:
-                views = outputs.logits.reshape(3, len(indices), -1)
-                outputs = jax.tree.map(lambda x: x[: len(indices)], outputs)
+                views = outputs.logits.reshape(3, size, -1)
+                outputs = jax.tree.map(lambda x: x[:size], outputs)
                 losses = task.loss(outputs, batch, scheduled)
                 losses += hyper["task.consistency"] * task.consistency(views)
             elif clean is None:
@@ -249,10 +254,14 @@ def make_program(config: ConfigDict, info: DatasetInfo) -> Program:
         packed = jnp.stack([jnp.stack(pair) for pair in measured.values()])
         return TrainState(state.step + 1, params, batch_stats, opt_state, ema), packed
 
-    def logits(
-        params: PyTree, batch_stats: PyTree, images: jax.Array, indices: jax.Array
-    ) -> jax.Array:
-        return logits_of((params, batch_stats), pixels(images, indices))
+    def together(
+        states: TrainState, fed: Fed, seeds: jax.Array, hypers: Hyper
+    ) -> tuple[TrainState, jax.Array]:
+        shared = Fed(None, None, 0) if fed.indices is not None else Fed(0, 0, None)  # type: ignore[arg-type]
+        return jax.vmap(train_step, in_axes=(0, shared, 0, 0))(states, fed, seeds, hypers)
+
+    def logits(params: PyTree, batch_stats: PyTree, fed: Fed) -> jax.Array:
+        return logits_of((params, batch_stats), pixels(fed))
 
     def logits_of(variables: PyTree, images: jax.Array) -> jax.Array:
         params, batch_stats = variables
@@ -264,16 +273,13 @@ def make_program(config: ConfigDict, info: DatasetInfo) -> Program:
         def run(
             params: PyTree,
             batch_stats: PyTree,
-            images: jax.Array,
-            labels: jax.Array,
-            indices: jax.Array,
+            fed: Fed,
             seed: jax.Array,
             hyper: Hyper,
         ) -> jax.Array:
             model = functools.partial(logits_of, (params, batch_stats))
-            clean = pixels(images, indices)
             key = keys.key(seed, f"attack of {purpose}")
-            return model(make(hyper)(key, model, clean, labels[indices]))
+            return model(make(hyper)(key, model, pixels(fed), labels_of(fed)))
 
         return backend.jit(run, out_shardings=everywhere)
 
@@ -301,11 +307,7 @@ def make_program(config: ConfigDict, info: DatasetInfo) -> Program:
         mesh=mesh,
         init=init,
         train_step=backend.jit(train_step, donate_argnums=0, out_shardings=everywhere),
-        train_together=backend.jit(
-            jax.vmap(train_step, in_axes=(0, None, None, 0, 0, 0)),
-            donate_argnums=0,
-            out_shardings=everywhere,
-        ),
+        train_together=backend.jit(together, donate_argnums=0, out_shardings=everywhere),
         stack=jax.jit(
             lambda states: jax.tree.map(lambda *x: jnp.stack(x), *states), out_shardings=everywhere
         ),

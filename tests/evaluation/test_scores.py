@@ -82,5 +82,5 @@ def test_padding_of_the_last_batch_is_dropped(batch_size):
         calls.append(len(taken))
         return table[taken]
 
-    assert np.array_equal(scores.predict(logits_fn, positions, batch_size), table[positions])
+    assert np.array_equal(scores.predict(logits_fn, iter, positions, batch_size), table[positions])
     assert set(calls) == {batch_size}

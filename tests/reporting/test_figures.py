@@ -10,7 +10,7 @@ from matplotlib.image import imread
 from cnnlab.encoding import decode_labels
 from cnnlab.reporting import figures
 from cnnlab.reporting.tables import TableSpec
-from cnnlab.types import CnnlabError
+from cnnlab.types import ArraySource, CnnlabError, DatasetInfo
 
 SPEC = TableSpec("demo", "Two rows", ("plain", "better"), (0, 1, 2), varied=("model.name",))
 
@@ -29,6 +29,13 @@ def records(run):
 @pytest.fixture
 def images():
     return np.random.default_rng(0).integers(0, 256, (600, 8, 8, 1), dtype=np.uint8)
+
+
+@pytest.fixture
+def split(images):
+    names = tuple(map(str, range(10)))
+    info = DatasetInfo("random", (8, 8, 1), names, (0.5,), (0.3,), "none", "none")
+    return ArraySource(info, images, np.zeros(600, np.int32))
 
 
 @pytest.fixture
@@ -113,8 +120,8 @@ def test_confusion_matrix_sums_seeds_and_normalises_rows(records, tmp_path, draw
         figures.confusion_matrix(SPEC, records, tmp_path / "b.png", row="plian")
 
 
-def test_mistakes_are_real_and_ordered(records, images, tmp_path, drawn):
-    figures.mistakes(SPEC, records, tmp_path / "a.png", row="plain", images=images, count=18)
+def test_mistakes_are_real_and_ordered(records, images, split, tmp_path, drawn):
+    figures.mistakes(SPEC, records, tmp_path / "a.png", row="plain", test=split, count=18)
     labels = decode_labels(records[0]["predictions"]["labels"])
     wrong = [decode_labels(r["predictions"]["test"]) != labels for r in records[:3]]
     errors = np.sum(wrong, axis=0)
@@ -128,12 +135,13 @@ def test_mistakes_are_real_and_ordered(records, images, tmp_path, drawn):
         shown.append(errors[index])
     assert len(shown) == 18
     assert shown == sorted(errors, reverse=True)[:18]
-    with pytest.raises(CnnlabError, match=r"expected uint8 images \[600, H, W, C\]"):
-        figures.mistakes(SPEC, records, tmp_path / "b.png", row="plain", images=images[1:])
+    fewer = ArraySource(split.info, images[1:], np.zeros(599, np.int32))
+    with pytest.raises(CnnlabError, match=r"expected the 600 images of .*, got 599"):
+        figures.mistakes(SPEC, records, tmp_path / "b.png", row="plain", test=fewer)
 
 
-def test_write_all_is_repeatable(records, images, tmp_path):
-    first = figures.write_all(SPEC, records, tmp_path / "a", images)
+def test_write_all_is_repeatable(records, split, tmp_path):
+    first = figures.write_all(SPEC, records, tmp_path / "a", split)
     assert sorted(p.name for p in first) == sorted(p.name for p in (tmp_path / "a").iterdir())
     assert [p.name for p in first] == [
         "score_parameters.png", "score_macs.png", "score_seconds.png", "curves.png",
@@ -163,13 +171,13 @@ def test_figures_choose_by_validation_only(records):
     assert figures._best(runs) == "plain"
 
 
-def test_nothing_finished_and_wrong_names(records, images, diverged, tmp_path):
+def test_nothing_finished_and_wrong_names(records, split, diverged, tmp_path):
     gone = [diverged("plain", 0, 5)]
-    assert figures.write_all(SPEC, gone, tmp_path, images) == []
+    assert figures.write_all(SPEC, gone, tmp_path, split) == []
     with pytest.raises(CnnlabError, match="no run has finished"):
         figures.score_cost(SPEC, gone, tmp_path / "a.png")
     with pytest.raises(CnnlabError, match=r"unknown figure 'curve'.*did you mean 'curves'"):
-        figures.write_all(SPEC, records, tmp_path, images, which=("curve",))
+        figures.write_all(SPEC, records, tmp_path, split, which=("curve",))
     with pytest.raises(CnnlabError, match="needs the test images"):
         figures.write_all(SPEC, records, tmp_path)
     with pytest.raises(CnnlabError, match=r"ends in .png, .svg or .pdf"):

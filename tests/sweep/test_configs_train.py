@@ -33,7 +33,7 @@ def test_two_steps(path):
     state = program.init(0, hyper)
     for t in range(2):
         state, packed = program.train_step(
-            state, split.images, split.labels, stream.batch(t), jnp.int32(0), hyper
+            state, split.fed(stream.batch(t)), jnp.int32(0), hyper
         )
         assert np.isfinite(packed).all()
     assert int(state.step) == 2

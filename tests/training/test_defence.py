@@ -51,10 +51,10 @@ def one_step(made, at=0, state=None):
     before = program.init(made.seed, hyper) if state is None else state
     indices = stream.batch(at)
     after, _ = program.train_step(
-        jax.tree.map(jnp.copy, before), split.images, split.labels, indices, jnp.int32(0), hyper
+        jax.tree.map(jnp.copy, before), split.fed(indices), jnp.int32(0), hyper
     )
-    images = split.examples.images[indices].astype(np.float32) / 255
-    return before, after, (jnp.asarray(images), split.examples.labels[indices]), hyper
+    images = split.get(indices).images.astype(np.float32) / 255
+    return before, after, (jnp.asarray(images), split.labels[indices]), hyper
 
 
 def linear(weights):

@@ -36,11 +36,11 @@ def test_corrupted_scores_are_those_of_the_corrupted_images_and_kept(trained, mo
     assert json.loads((trained / "result.json").read_text()) == json.loads(json.dumps(made))
     restored, program, state, _ = run.restore(trained, PROGRAMS)
     split = run.load_split(restored, "test")
-    images = corruption.corrupt(split.examples.images, "pixelate", 5)
-    logits = program.logits(
-        state.params, state.batch_stats, images, np.arange(len(split), dtype=np.int32)
-    )
-    wrong = (np.asarray(logits).argmax(1) != split.examples.labels).mean()
+    everything = np.arange(len(split), dtype=np.int32)
+    images = corruption.corrupt(split.get(everything).images, "pixelate", 5)
+    fed = split.with_images(images).fed(everything)
+    logits = program.logits(state.params, state.batch_stats, fed)
+    wrong = (np.asarray(logits).argmax(1) != split.labels).mean()
     found = made["scores"]["corrupted"]
     assert found["errors"]["pixelate"] == [pytest.approx(wrong)]
     assert found["errors"]["brightness"] != found["errors"]["pixelate"]

@@ -26,7 +26,7 @@ def train(made, steps):
     state, metrics = program.init(made.seed, hyper), []
     for t in range(steps):
         state, packed = program.train_step(
-            state, split.images, split.labels, stream.batch(t), jnp.int32(made.seed), hyper
+            state, split.fed(stream.batch(t)), jnp.int32(made.seed), hyper
         )
         metrics.append(dict(zip(program.metric_names, np.asarray(packed), strict=True)))
     return state, metrics, program
@@ -130,9 +130,7 @@ def test_dropout_draws_anew_each_step_and_the_same_again():
     same_batch = np.arange(64, dtype=np.int32)
     state, losses = program.init(0, hyper), []
     for _ in range(2):
-        state, packed = program.train_step(
-            state, split.images, split.labels, same_batch, jnp.int32(0), hyper
-        )
+        state, packed = program.train_step(state, split.fed(same_batch), jnp.int32(0), hyper)
         losses.append(float(packed[0, 0]))
     assert losses[0] != losses[1]
 
@@ -149,7 +147,7 @@ def test_three_learning_rates_times_three_seeds_compile_the_step_once():
             state = program.init(seed, hyper)
             for t in range(2):
                 state, _ = program.train_step(
-                    state, split.images, split.labels, stream.batch(t), jnp.int32(seed), hyper
+                    state, split.fed(stream.batch(t)), jnp.int32(seed), hyper
                 )
     assert [p.traces for p in programs] == [1]
     assert program.train_step._cache_size() == 1
@@ -164,17 +162,15 @@ def test_the_first_step_is_the_gradient_by_hand():
     before = jax.tree.map(np.asarray, program.init(0, hyper).params)
     taken = np.arange(64, dtype=np.int32)
     mean, std = split.info.mean[0], split.info.std[0]
-    images = (jnp.array(split.examples.images[:64]) / 255.0 - mean) / std
-    labels = split.examples.labels[:64]
+    images = (jnp.array(split.get(np.arange(64)).images) / 255.0 - mean) / std
+    labels = split.labels[:64]
 
     def loss(params):
         logits = program.module.apply({"params": params}, images, train=False).logits
         return -jax.nn.log_softmax(logits)[np.arange(64), labels].mean()
 
     gradients = jax.grad(loss)(before)
-    state, _ = program.train_step(
-        program.init(0, hyper), split.images, split.labels, taken, jnp.int32(0), hyper
-    )
+    state, _ = program.train_step(program.init(0, hyper), split.fed(taken), jnp.int32(0), hyper)
     for p, g, after in zip(*map(jax.tree.leaves, (before, gradients, state.params)), strict=True):
         assert np.asarray(after) == pytest.approx(p - 0.1 * np.asarray(g), rel=1e-4, abs=1e-6)
 
