@@ -212,6 +212,20 @@ FIELDS: dict[str, dict[str, Field]] = {
     "train": {
         "duration": Field("10 epochs", "how long to train", "host", duration=True, above=0.0),
         "batch_size": Field(128, "examples a step, over all devices", low=1),
+        "accumulate": Field(
+            1,
+            "pieces that a batch is worked through in, one after another, to save memory: the "
+            "gradient is that of the whole, but batch statistics are each piece's",
+            low=1,
+            neutral=True,
+        ),
+        "sub_batches": Field(
+            1,
+            "equal parts of a batch (or of a piece of it) that are normalised each by its own "
+            "statistics, as so many devices without synchronised statistics do",
+            low=1,
+            neutral=True,
+        ),
         "log_every": Field(
             "1 epochs", "between rows of training metrics", "host", duration=True, above=0.0
         ),

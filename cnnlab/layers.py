@@ -7,10 +7,12 @@ multiply-accumulates of one image, which `cnnlab.describe` adds up.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -256,6 +258,19 @@ class _Norm(nn.Module):
         return 0
 
 
+_PARTS: contextvars.ContextVar[int] = contextvars.ContextVar("sub_batches", default=1)
+
+
+@contextlib.contextmanager
+def statistics_of_parts(sub_batches: int) -> Iterator[None]:
+    """Within it, every `BatchNorm` that does not say otherwise has so many `sub_batches`."""
+    token = _PARTS.set(sub_batches)
+    try:
+        yield
+    finally:
+        _PARTS.reset(token)
+
+
 class BatchNorm(_Norm):
     """Batch normalisation (Ioffe & Szegedy 2015) over all axes but the last.
 
@@ -269,13 +284,14 @@ class BatchNorm(_Norm):
         zero_scale: start the scale at 0 instead of 1, so that a residual branch that ends in
             this layer starts as the identity (Goyal et al. 2017, section 5.1).
         sub_batches: normalise so many equal parts of the batch each by its own statistics, as
-            so many devices without synchronised statistics do; see `ops.norm.batch_norm`.
+            so many devices without synchronised statistics do; see `ops.norm.batch_norm`. 0: as
+            `statistics_of_parts` says, else 1.
     """
 
     momentum: float = 0.9
     epsilon: float = 1e-5
     zero_scale: bool = False
-    sub_batches: int = 1
+    sub_batches: int = 0
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -286,7 +302,7 @@ class BatchNorm(_Norm):
         if not train:
             return norm_ops.normalize(x, mean.value, var.value, scale, bias, epsilon=self.epsilon)
         # A network is initialised on one image, which has no parts.
-        sub_batches = 1 if self.is_initializing() else self.sub_batches
+        sub_batches = 1 if self.is_initializing() else self.sub_batches or _PARTS.get()
         y, batch_mean, batch_var = norm_ops.batch_norm(
             x, scale, bias, epsilon=self.epsilon, sub_batches=sub_batches
         )

@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Protocol
 
@@ -244,7 +244,7 @@ def _streamed(source: Source, batches: Positions, mesh: Mesh) -> Iterator[Fed]:
         yield ahead
 
 
-def _read_ahead(reader: _Reader) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _read_ahead(reader: _Reader) -> Generator[tuple[np.ndarray, np.ndarray], None, None]:
     import grain  # a second that only streamed data need
 
     size = max(1, len(reader.rows) * math.prod(reader.source.info.image_shape))

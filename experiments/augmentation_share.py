@@ -50,9 +50,7 @@ def step(case: Case, *, augmented: bool) -> Workload:
 
     def once() -> None:
         nonlocal state
-        state, packed = program.train_step(
-            state, split.fed(indices), jnp.int32(0), hyper
-        )
+        state, packed = program.train_step(state, split.fed(indices), jnp.int32(0), hyper)
         jax.block_until_ready(packed)
 
     device = jax.devices()[0]

@@ -19,12 +19,21 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from cnnlab import attacks, augment, backend, keys, models, parallel, registry
+from cnnlab import attacks, augment, backend, keys, layers, models, parallel, registry
 from cnnlab import config as config_lib
 from cnnlab.evaluation import robustness
 from cnnlab.pipeline import Fed
 from cnnlab.training import defence, optim
-from cnnlab.types import Batch, CnnlabError, DatasetInfo, Hyper, Outputs, PyTree, TrainState
+from cnnlab.types import (
+    Batch,
+    CnnlabError,
+    DatasetInfo,
+    Hyper,
+    Metrics,
+    Outputs,
+    PyTree,
+    TrainState,
+)
 
 _Passed = tuple[Outputs, Outputs | None, PyTree]
 """Outputs on what is trained on, on clean images where both are seen, and moved statistics."""
@@ -89,6 +98,11 @@ def make_program(config: ConfigDict, info: DatasetInfo) -> Program:
     """
     mesh = parallel.make_mesh(config.parallel.devices)
     parallel.check_batch_size(config.train.batch_size, mesh, "train.batch_size")
+    if config.train.batch_size % (config.train.accumulate * mesh.size):
+        raise CnnlabError(
+            f"train.accumulate: {config.train.accumulate} pieces on {mesh.size} device(s) must "
+            f"divide train.batch_size, which is {config.train.batch_size}"
+        )
     parallel.check_batch_size(config.eval.batch_size, mesh, "eval.batch_size")
     task = registry.get("tasks", config.task.name).module
     fields = {key: value for key, value in config.model.items() if key != "name"}
@@ -97,6 +111,7 @@ def make_program(config: ConfigDict, info: DatasetInfo) -> Program:
     transform, soft = augment.compose(transforms), augment.soft_labels(transforms)
     defence.check_labels(config, soft)
     guard, perturbed_weights = config.defence.name, config.defence.awp > 0
+    pieces = config.train.accumulate
     consistent = config.task.consistency > 0
     if consistent:  # the last one, augmix, makes the views
         transform, mix = augment.compose(transforms[:-1]), augment.compose(transforms[-1:])
@@ -143,13 +158,14 @@ def make_program(config: ConfigDict, info: DatasetInfo) -> Program:
     def forward(
         params: PyTree, batch_stats: PyTree, images: jax.Array, dropout_key: jax.Array
     ) -> tuple[Outputs, PyTree]:
-        outputs, updated = module.apply(
-            {"params": params, "batch_stats": batch_stats},
-            normalise(images),
-            train=True,
-            mutable=["batch_stats"],
-            rngs={"dropout": dropout_key},
-        )
+        with layers.statistics_of_parts(config.train.sub_batches):
+            outputs, updated = module.apply(
+                {"params": params, "batch_stats": batch_stats},
+                normalise(images),
+                train=True,
+                mutable=["batch_stats"],
+                rngs={"dropout": dropout_key},
+            )
         return outputs, updated.get("batch_stats", {})
 
     def train_step(
@@ -160,79 +176,53 @@ def make_program(config: ConfigDict, info: DatasetInfo) -> Program:
     ) -> tuple[TrainState, jax.Array]:
         program.traces += 1
         targets = labels_of(fed)
-        size = len(targets)
         if soft:
             targets = jax.nn.one_hot(targets, info.num_classes)
-        batch = Batch(pixels(fed), targets, jnp.ones(size))
+        batch = Batch(pixels(fed), targets, jnp.ones(len(targets)))
         shown = state.step // config.defence.replays if guard == "free" else state.step
         numbers, key = hyper["augment.transforms"], keys.key(seed, "augment", shown)
+        views: tuple[jax.Array, ...] = ()
         if consistent:
             shared = len(numbers) - mix.count
             batch = transform(key, batch, numbers[:shared])
-            clean = batch.images
-            views = [
+            views = tuple(
                 mix(keys.key(seed, f"view{i}", state.step), batch, numbers[shared:]).images
                 for i in range(2)
-            ]
-            batch = dataclasses.replace(batch, images=jnp.concatenate([clean, *views]))
+            )
         else:
             batch = transform(key, batch, numbers)
         decay = optim.aux_decay(config.task.aux_schedule, state.step, hyper)
         scheduled = Hyper(hyper.values | {"task.aux_weight": hyper["task.aux_weight"] * decay})
-        dropout_key, opt_state = keys.key(seed, "dropout", state.step), state.opt_state
-        hard = batch.labels.ndim == 1
-        probabilities = jax.nn.one_hot(batch.labels, info.num_classes) if hard else batch.labels
-        shifted = batch.images  # what the network is trained on
-        if guard == "free":
-            opt_state, kept = opt_state
-            shifted = jnp.clip(batch.images + kept, 0, 1)
-        elif guard != "none":
-            shifted = defence.perturb(
-                config,
-                keys.key(seed, "attack", state.step),
-                (
-                    lambda x: forward(state.params, state.batch_stats, x, dropout_key)[0].logits,
-                    lambda x: logits_of((state.params, state.batch_stats), x),
-                ),
-                batch.images,
-                probabilities,
-                hyper,
-            )
+        dropout_key, attack_key = (
+            keys.key(seed, stream, state.step) for stream in ("dropout", "attack")
+        )
+        opt_state, kept = state.opt_state if guard == "free" else (state.opt_state, None)
+        seen = (batch, views, kept)
+        if pieces == 1:
+            given = (state.batch_stats, *seen, dropout_key, attack_key)
+            gradients, batch_stats, kept, measured = learn(state.params, *given, scheduled)
+        else:
 
-        def objective(params: PyTree, shifted: jax.Array) -> tuple[jax.Array, _Passed]:
-            batch_stats, clean = state.batch_stats, None
-            if guard in ("trades", "mart"):
-                clean, batch_stats = forward(params, batch_stats, batch.images, dropout_key)
-            outputs, batch_stats = forward(params, batch_stats, shifted, dropout_key)
-            if consistent:
-                views = outputs.logits.reshape(3, size, -1)
-                outputs = jax.tree.map(lambda x: x[:size], outputs)
-                losses = task.loss(outputs, batch, scheduled)
-                losses += hyper["task.consistency"] * task.consistency(views)
-            elif clean is None:
-                losses = task.loss(outputs, batch, scheduled)
-            else:
-                pair, beta = (clean.logits, outputs.logits), hyper["defence.beta"]
-                if guard == "trades":
-                    losses = defence.trades(task.loss(clean, batch, scheduled), *pair, beta)
-                else:
-                    losses = defence.mart(probabilities, *pair, beta)
-            mean = (losses * batch.weights).sum() / batch.weights.sum()
-            return mean, (outputs, clean, batch_stats)
+            def one(
+                carried: tuple[PyTree, PyTree], piece: tuple[jax.Array, tuple[Any, Any, Any]]
+            ) -> tuple[tuple[PyTree, PyTree], tuple[jax.Array | None, Metrics]]:
+                number, seen = piece
+                of_dropout, of_attack = (
+                    jax.random.fold_in(key, number) for key in (dropout_key, attack_key)
+                )
+                given = (carried[1], *seen, of_dropout, of_attack)
+                gradients, batch_stats, kept, measured = learn(state.params, *given, scheduled)
+                total = jax.tree.map(lambda a, b: a + b / pieces, carried[0], gradients)
+                return (total, batch_stats), (kept, measured)
 
-        params = state.params
-        if perturbed_weights:
-            params = defence.move_weights(
-                lambda p: objective(p, shifted)[0], params, hyper["defence.awp"]
+            nothing = jax.tree.map(jnp.zeros_like, state.params)
+            (gradients, batch_stats), (kept, measured) = jax.lax.scan(
+                one,
+                (nothing, state.batch_stats),
+                (jnp.arange(pieces), jax.tree.map(cut, seen)),
             )
-        (loss, (outputs, clean, batch_stats)), gradients = jax.value_and_grad(
-            objective, argnums=(0, 1) if guard == "free" else 0, has_aux=True
-        )(params, shifted)
-        if guard == "free":
-            gradients, uphill = gradients
-            eps = hyper["defence.eps"]
-            kept += defence.length(config, hyper) * eps * jnp.sign(uphill)
-            kept = jnp.clip(kept, -eps, eps)
+            measured = jax.tree.map(lambda x: x.sum(0), measured)
+            kept = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), kept)
         rate = optim.learning_rate(config.optim.schedule, state.step, hyper)
         updates, opt_state = optim.optimizer(config, hyper, rate).update(
             gradients, opt_state, state.params
@@ -245,14 +235,98 @@ def make_program(config: ConfigDict, info: DatasetInfo) -> Program:
             # Statistics of the averaged network's activations are averaged like its parameters.
             current = averaged(params, batch_stats)
             ema = optim.average(ema, current, state.step, hyper["optim.ema_decay"])
-        count = batch.weights.sum()
-        measured = {"loss": (loss * count, count)} | task.metrics(outputs, batch)
-        if clean is not None:
-            measured |= {f"clean/{k}": v for k, v in task.metrics(clean, batch).items()}
         measured["learning_rate"] = (rate, jnp.ones(()))
         program.metric_names = tuple(head_names(name) for name in measured)
         packed = jnp.stack([jnp.stack(pair) for pair in measured.values()])
         return TrainState(state.step + 1, params, batch_stats, opt_state, ema), packed
+
+    def cut(x: jax.Array) -> jax.Array:
+        """[B, ...] to [pieces, B / pieces, ...], each piece spread over all devices as it lies."""
+        return jnp.moveaxis(x.reshape(-1, pieces, *x.shape[1:]), 1, 0)
+
+    def learn(
+        params: PyTree,
+        batch_stats: PyTree,
+        batch: Batch,
+        views: tuple[jax.Array, ...],
+        kept: jax.Array | None,
+        dropout_key: jax.Array,
+        attack_key: jax.Array,
+        hyper: Hyper,
+    ) -> tuple[PyTree, PyTree, jax.Array | None, Metrics]:
+        """What the optimizer needs of some examples.
+
+        Args:
+            params: the parameters.
+            batch_stats: the running statistics.
+            batch: the examples.
+            views: their further draws, of AugMix's consistency loss.
+            kept: the perturbation of the defence `free`.
+            dropout_key: of the network.
+            attack_key: of the defence.
+            hyper: as of this step.
+
+        Returns:
+            The gradients of the mean loss, the moved statistics, the moved perturbation and the
+            metrics.
+        """
+        size = len(batch.labels)
+        hard = batch.labels.ndim == 1
+        probabilities = jax.nn.one_hot(batch.labels, info.num_classes) if hard else batch.labels
+        shifted = jnp.concatenate([batch.images, *views])  # what the network is trained on
+        if kept is not None:
+            shifted = jnp.clip(batch.images + kept, 0, 1)
+        elif guard != "none":
+            shifted = defence.perturb(
+                config,
+                attack_key,
+                (
+                    lambda x: forward(params, batch_stats, x, dropout_key)[0].logits,
+                    lambda x: logits_of((params, batch_stats), x),
+                ),
+                shifted,
+                probabilities,
+                hyper,
+            )
+
+        def objective(params: PyTree, shifted: jax.Array) -> tuple[jax.Array, _Passed]:
+            moved, clean = batch_stats, None
+            if guard in ("trades", "mart"):
+                clean, moved = forward(params, moved, batch.images, dropout_key)
+            outputs, moved = forward(params, moved, shifted, dropout_key)
+            if consistent:
+                logits = outputs.logits.reshape(3, size, -1)
+                outputs = jax.tree.map(lambda x: x[:size], outputs)
+                losses = task.loss(outputs, batch, hyper)
+                losses += hyper["task.consistency"] * task.consistency(logits)
+            elif clean is None:
+                losses = task.loss(outputs, batch, hyper)
+            else:
+                pair, beta = (clean.logits, outputs.logits), hyper["defence.beta"]
+                if guard == "trades":
+                    losses = defence.trades(task.loss(clean, batch, hyper), *pair, beta)
+                else:
+                    losses = defence.mart(probabilities, *pair, beta)
+            mean = (losses * batch.weights).sum() / batch.weights.sum()
+            return mean, (outputs, clean, moved)
+
+        if perturbed_weights:
+            params = defence.move_weights(
+                lambda p: objective(p, shifted)[0], params, hyper["defence.awp"]
+            )
+        (loss, (outputs, clean, moved)), gradients = jax.value_and_grad(
+            objective, argnums=(0, 1) if kept is not None else 0, has_aux=True
+        )(params, shifted)
+        if kept is not None:
+            gradients, uphill = gradients
+            eps = hyper["defence.eps"]
+            kept += defence.length(config, hyper) * eps * jnp.sign(uphill)
+            kept = jnp.clip(kept, -eps, eps)
+        count = batch.weights.sum()
+        measured = {"loss": (loss * count, count)} | task.metrics(outputs, batch)
+        if clean is not None:
+            measured |= {f"clean/{k}": v for k, v in task.metrics(clean, batch).items()}
+        return gradients, moved, kept, measured
 
     def together(
         states: TrainState, fed: Fed, seeds: jax.Array, hypers: Hyper

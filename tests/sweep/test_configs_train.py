@@ -32,8 +32,6 @@ def test_two_steps(path):
     hyper = optim.hyper(made, examples=len(stream.train))
     state = program.init(0, hyper)
     for t in range(2):
-        state, packed = program.train_step(
-            state, split.fed(stream.batch(t)), jnp.int32(0), hyper
-        )
+        state, packed = program.train_step(state, split.fed(stream.batch(t)), jnp.int32(0), hyper)
         assert np.isfinite(packed).all()
     assert int(state.step) == 2
