@@ -9,8 +9,8 @@ digest of its state: what a disk has damaged since is set aside, and the one bef
 from __future__ import annotations
 
 import contextlib
-import errno
 import gc
+import json
 import logging
 import os
 import sys
@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
-from cnnlab import record
+from cnnlab import faults, record
 from cnnlab.types import CnnlabError, CnnlabWarning, PyTree, TrainState
 
 _copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
@@ -31,6 +31,9 @@ _copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
 
 DIGEST = "state_sha256"
 """In the note on disk: a digest of the state beside it."""
+
+MONITORED = "monitored"
+"""In the note on disk, and in Orbax's file of metrics: the value that decides which is best."""
 
 
 class Checkpoints:
@@ -46,9 +49,14 @@ class Checkpoints:
 
     def __init__(self, folder: Path, *, best: str) -> None:
         self.folder, self._best = folder, best
+        logging.getLogger("absl").addFilter(_reaches_us_anyway)
+        _drop_late_errors()
         self._sound: set[int] = set()  # steps that were looked at, so that none is read anew
-        self._checkpointer = self._open()
         damaged = []
+        for step in _unknown_values(folder):
+            damaged.append(f"step {step} (its monitored value can't be read)")
+            _set_aside(folder / str(step), folder.parent / "damaged")
+        self._checkpointer = self._open()
         while self.steps and (problem := self._problem(self.steps[-1])):
             step = self.steps[-1]
             damaged.append(f"step {step} ({problem})")
@@ -73,7 +81,7 @@ class Checkpoints:
                 [
                     policies.LatestN(2),
                     policies.BestN(
-                        get_metric_fn=lambda metrics: metrics["monitored"],
+                        get_metric_fn=lambda metrics: metrics[MONITORED],
                         reverse=self._best == "min",
                         n=1,
                         keep_checkpoints_without_metrics=False,
@@ -126,8 +134,8 @@ class Checkpoints:
             self._checkpointer.save_async(
                 int(state.step),
                 _as_dict(_copy(state)),
-                metrics=None if monitored is None else {"monitored": monitored},
-                custom_metadata=note | {DIGEST: _digest(_as_dict(state))},
+                metrics=None if monitored is None else {MONITORED: monitored},
+                custom_metadata=note | {DIGEST: _digest(_as_dict(state)), MONITORED: monitored},
                 force=True,
             )
 
@@ -143,7 +151,10 @@ class Checkpoints:
                 differences.
         """
         if step not in self._sound and (problem := self._problem(step)):
-            raise CnnlabError(f"{self.folder}/{step} is damaged ({problem})")
+            raise CnnlabError(
+                f"{self.folder}/{step} is damaged ({problem}), and nothing else holds its state; "
+                "remove the run's folder to train it again"
+            )
         metadata = self._checkpointer.metadata(step)
         wanted = _as_dict(like)
         _check_same_tree(metadata.metadata, wanted, f"{self.folder}/{step}")
@@ -151,7 +162,7 @@ class Checkpoints:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), wanted
         )
         restored = self._checkpointer.load(step, abstract)
-        note = {k: v for k, v in metadata.custom_metadata.items() if k != DIGEST}
+        note = {k: v for k, v in metadata.custom_metadata.items() if k not in (DIGEST, MONITORED)}
         return TrainState(**restored | {"ema": restored["ema"] or None}), note
 
     def wait(self) -> None:
@@ -166,13 +177,14 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _disk_errors(self) -> Iterator[None]:
-        """A full disk reaches us as a ValueError of the storage library, told by its text alone."""
+        """A full disk is told by the text of an error of the storage library alone."""
         try:
             yield
-        except ValueError as error:
-            if "No space left on device" not in str(error):
+        except Exception as error:
+            number = faults.disk_full(error)
+            if number is None:
                 raise
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.folder)) from error
+            raise OSError(number, os.strerror(number), str(self.folder)) from error
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -191,6 +203,14 @@ def _as_dict(state: TrainState) -> dict[str, PyTree]:
     }
 
 
+def _drop_late_errors() -> None:
+    """For good: of reads and writes that failed, the last are told when all else is over."""
+    global _hook
+    if _hook is None:
+        _hook = sys.unraisablehook
+        sys.unraisablehook = _unless_late
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps the storage library from writing pages about files that it can't read.
@@ -198,16 +218,22 @@ def _quiet() -> Iterator[None]:
     Some of its reads fail after it gave up on them, in threads of their own; those may come later
     than this context ends, so that the hook stays.
     """
-    global _hook
-    if _hook is None:
-        _hook = sys.unraisablehook
-        sys.unraisablehook = _unless_late
+    _drop_late_errors()
     logging.disable(logging.ERROR)
     try:
         yield
     finally:
         gc.collect()  # of those reads, which are logged as they go
         logging.disable(logging.NOTSET)
+
+
+def _reaches_us_anyway(line: logging.LogRecord) -> bool:
+    """Drops the pages that each of Orbax's threads writes about a full disk, which is raised too.
+
+    They were thousands of lines, and our message came after them.
+    """
+    error = line.exc_info[1] if line.exc_info else None
+    return not isinstance(error, Exception) or faults.disk_full(error) is None
 
 
 _hook: Callable[[Any], object] | None = None
@@ -222,6 +248,33 @@ def _digest(tree: PyTree) -> str:
     """SHA-256 over names, types, shapes and bytes, whatever containers hold the leaves."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return record.parameters_sha256({_name(path): leaf for path, leaf in leaves})
+
+
+def _unknown_values(folder: Path) -> list[int]:
+    """The steps whose monitored value is lost; where only one of its two copies is, it is mended.
+
+    Orbax reads all of these files at each save, fails at one that is damaged, and deletes the best
+    checkpoint where its file is missing.
+    """
+    lost = []
+    for checkpoint in sorted(folder.glob("[0-9]*")):
+        if not checkpoint.name.isdigit():  # of a save that was killed
+            continue
+        file = checkpoint / "metrics" / "metrics"
+        try:
+            note = json.loads((checkpoint / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]
+            known, value = True, note[MONITORED]
+        except (OSError, ValueError, KeyError, TypeError):  # damaged, or without it as the first
+            known, value = False, None
+        try:
+            there = json.loads(file.read_text()) if file.exists() else None
+        except ValueError:
+            there = {}
+        if known and value is not None and there != {MONITORED: value}:
+            record.write_atomic(file, json.dumps({MONITORED: value}))
+        elif not known and there == {}:
+            lost.append(int(checkpoint.name))
+    return lost
 
 
 def _set_aside(checkpoint: Path, folder: Path) -> None:

@@ -6,13 +6,14 @@ Nothing heavy is imported until a command runs, so `--help` answers at once.
 from __future__ import annotations
 
 import argparse
-import errno
+import contextlib
 import functools
 import os
 import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -30,21 +31,31 @@ ENVIRONMENT = {
 
 USER_ERROR = 2
 DOUBTFUL = 3
-INTERRUPTED = 130
+STOPPING = (signal.SIGINT, signal.SIGTERM)
+INTERRUPTED = 128 + signal.SIGINT
+TERMINATED = 128 + signal.SIGTERM
+
+CODES = """exit codes:
+  0    done
+  1    an error that should not happen (--traceback shows where)
+  2    a mistake or a fault that the message explains
+  3    attack found a reason not to believe an accuracy
+  130  interrupted by SIGINT (Ctrl-C), 143 by SIGTERM: training runs are checkpointed first, and
+       the same command goes on; a second signal leaves at once, which loses no more than the
+       steps since the last checkpoint"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code.
 
-    0: done. 2: a mistake that the message explains. 3: `attack` found a reason not to believe an
-    accuracy. 130: interrupted (the same command goes on). 1: anything else, with its traceback if
-    `--traceback` is given.
+    See `CODES`; an unexpected error is raised, with its traceback, if `--traceback` is given.
     """
     warnings.showwarning = _show_warning
     parser = _parser()
     options, rest = parser.parse_known_args(
         _joined(sys.argv[1:] if arguments is None else arguments)
     )
+    options.stop = _Stop()
     try:
         for option, variable in ENVIRONMENT.items():
             if getattr(options, option, None):
@@ -53,10 +64,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not hasattr(options, "command"):
             parser.print_help()
             return USER_ERROR
-        return int(options.command(options, changes))
+        with options.stop:
+            return int(options.command(options, changes))
     except KeyboardInterrupt:
         return _complain(
-            "interrupted; the same command goes on from the last checkpoint", INTERRUPTED
+            "interrupted; the same command goes on where it was",
+            options.stop.code,
         )
     except BrokenPipeError:  # the reader of our output has gone, as in `cnnlab list models | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -72,7 +85,7 @@ def _joined(words: Sequence[str]) -> list[str]:
     joined: list[str] = []
     for word in words:
         last = joined[-1] if joined else ""
-        setting = last.startswith(("--config.", "--model.")) and "=" not in last
+        setting = last.startswith(("--config.", "--model.", "--data.")) and "=" not in last
         if setting and not word.startswith("--"):
             joined[-1] = f"{last}={word}"
         else:
@@ -85,9 +98,13 @@ def _explain(error: Exception) -> int:
 
     if isinstance(error, CnnlabError):
         return _complain(str(error), USER_ERROR)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    from cnnlab import faults
+
+    if (full := faults.disk_full(error)) is not None:
+        # One that a thread of a library met in its own words has no file name.
+        file = getattr(error, "filename", None) or "a file"
         return _complain(
-            f"no disk space left to write {error.filename or 'a file'}; all finished runs and "
+            f"no disk space left to write {file} ({os.strerror(full)}); all finished runs and "
             "checkpoints are intact: free some space and give the same command again",
             USER_ERROR,
         )
@@ -141,6 +158,8 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(
         prog="cnnlab",
+        epilog=CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         description="From one experiment file to a paper-style table.",
         allow_abbrev=False,
     )
@@ -179,11 +198,20 @@ def _parser() -> argparse.ArgumentParser:
         help="train up to N runs of one program at once (0: all), which suits an accelerator; "
         "scores equal those of single runs up to rounding",
     )
-    table.add_argument("--wandb", metavar="PROJECT", help="also log to Weights & Biases")
+
+    _add_sweep(add("sweep", _sweep, "the same by several workers, here or on a cluster"))
 
     train = add("train", _train, "train one run of a config file")
     train.add_argument("--config", type=Path, required=True, metavar="FILE[:ARG]")
-    train.add_argument("--wandb", metavar="PROJECT", help="also log to Weights & Biases")
+    for command in (table, train):
+        command.add_argument(
+            "--tracker",
+            action="append",
+            default=[],
+            metavar="NAME[:PROJECT]",
+            help="also log to wandb or mlflow, which may fail without harm; repeatable",
+        )
+        command.add_argument("--wandb", metavar="PROJECT", help="short for --tracker wandb:PROJECT")
     train.add_argument("--folder", type=Path, metavar="DIR", help="instead of one under --runs")
     train.epilog = "Any setting: --config.SECTION.KEY=VALUE, as in --config.optim.learning_rate=0.3"
 
@@ -312,6 +340,36 @@ def _parser() -> argparse.ArgumentParser:
     )
     predict.add_argument("--json", action="store_true")
 
+    doctor = add("doctor", _doctor, "what this machine has, how fast it is, and what is missing")
+    doctor.add_argument("--json", action="store_true", help="all of it as JSON")
+    doctor.epilog = "Exit code 0: cnnlab can run here; 1: something that it names keeps it from it."
+
+    about = "look image files through, or pack them into shards"
+    data = commands.add_parser("data", help=about, description=about, allow_abbrev=False)
+    actions = data.add_subparsers(title="actions", metavar="ACTION", required=True)
+    for name, action, text in (
+        ("scan", _data_scan, "classes, sizes and damaged files of a folder or archive of images"),
+        ("pack", _data_pack, "write such images as shards, for the data set array_record"),
+    ):
+        sub = actions.add_parser(
+            name, help=text, description=text, parents=[common], allow_abbrev=False
+        )
+        sub.set_defaults(command=action)
+        sub.add_argument("folder", type=Path, help="with train/CLASS/ or CLASS/ in it, or a zip")
+        sub.epilog = "Fields of image_folder: --data.FIELD=VALUE, as in --data.labels=train.csv"
+    sub.add_argument("output", type=Path, help="the folder to make")
+    sub.add_argument(
+        "--size", type=int, default=0, metavar="N", help="resize now; default: keep the files"
+    )
+    sub.add_argument(
+        "--shard-size", type=float, default=256, metavar="MB", help="of a file; default 256"
+    )
+    kept = sub.add_mutually_exclusive_group()
+    kept.add_argument("--raw", action="store_true", help="with --size: keep pixels, quick to read")
+    kept.add_argument(
+        "--jpeg-quality", type=int, default=0, metavar="Q", help="with --size: keep JPEGs; 1 to 100"
+    )
+
     export = add("export", _export, "write a model with its weights as one file of jax.export")
     export.add_argument("--model", required=True, metavar="NAME")
     export.add_argument("--output", required=True, type=Path, metavar="FILE")
@@ -329,13 +387,76 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_sweep(sweep: argparse.ArgumentParser) -> None:
+    sweep.add_argument("file", type=Path, help="a file of experiments/")
+    sweep.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="only these rows")
+    sweep.add_argument("--seeds", nargs="+", default=[], metavar="SEED", help="only these seeds")
+    sweep.add_argument("--results", type=Path, default=Path("results"), metavar="DIR")
+    sweep.add_argument("--launcher", choices=("local", "ray", "slurm"), default="local")
+    sweep.add_argument(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="how many workers train at once; default: one an accelerator or four cores (local), "
+        "one a cohort of runs that share a program (ray, slurm)",
+    )
+    sweep.add_argument(
+        "--together", type=int, default=1, metavar="N", help="as of `cnnlab table`, by a worker"
+    )
+    sweep.add_argument(
+        "--store",
+        default="",
+        metavar="DIR|gs://...",
+        help="keep leases and finished runs there; --runs is then scratch space of each machine",
+    )
+    sweep.add_argument(
+        "--lease-seconds",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="a worker that is silent for so long counts as dead; default 60",
+    )
+    local = sweep.add_argument_group("--launcher local")
+    local.add_argument(
+        "--cores",
+        type=int,
+        metavar="N",
+        help="of each worker's own on CPU, which is faster; equal to all cores up to rounding",
+    )
+    ray = sweep.add_argument_group("--launcher ray")
+    ray.add_argument("--address", metavar="HOST:PORT", help="of the cluster; auto: this machine's")
+    ray.add_argument("--num-cpus", type=float, default=1, metavar="N", help="a task; default 1")
+    ray.add_argument("--num-gpus", type=float, default=0, metavar="N", help="a task; default 0")
+    ray.add_argument(
+        "--resources", nargs="+", default=[], metavar="NAME=N", help="a task's, as in TPU=4"
+    )
+    ray.add_argument(
+        "--max-retries", type=int, default=3, metavar="N", help="of a task whose node died; -1: all"
+    )
+    slurm = sweep.add_argument_group("--launcher slurm")
+    slurm.add_argument(
+        "--slurm",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="settings of submitit, as in timeout_min=120 gpus_per_node=1 slurm_partition=long",
+    )
+    slurm.add_argument("--detach", action="store_true", help="submit, and return at once")
+    # What `cnnlab.sweep.launchers.local` starts its workers with.
+    sweep.add_argument("--worker", help=argparse.SUPPRESS)
+    sweep.add_argument("--pin", help=argparse.SUPPRESS)
+
+
 def _changes(rest: Sequence[str], options: argparse.Namespace) -> dict[str, str]:
-    """Reads `--config.a.b=c` (`--model.a=b` for commands about one model)."""
+    """Reads `--config.a.b=c` (`--model.a=b` and `--data.a=b` where those are all)."""
+    if not rest:
+        return {}  # without importing JAX, which `doctor` finds out whether it can
     from cnnlab.types import CnnlabError
 
     prefixes: dict[Any, str] = {
         **dict.fromkeys((_train, _show), "--config."),
         **dict.fromkeys((_describe, _predict, _export), "--model."),
+        **dict.fromkeys((_data_scan, _data_pack), "--data."),
     }
     prefix = prefixes.get(getattr(options, "command", None))
     changes: dict[str, str] = {}
@@ -363,32 +484,97 @@ def _start_jax() -> None:
 
 
 class _Stop:
-    """Turns the first SIGINT or SIGTERM into a flag; a second one leaves at once."""
+    """What the first SIGINT or SIGTERM of a command does; a second one leaves at once.
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    The first ends the command as Ctrl-C ends a Python program (`KeyboardInterrupt`); within
+    `gently`, it only sets a flag.
+
+    Python calls a signal's handler when the main thread is back from the call that it is in, which
+    is a minute later where that call compiles a network. The number of a signal, though, is
+    written into a pipe as it comes, and here a thread of its own reads there.
+    """
+
+    listening = False
+
+    def __init__(self) -> None:
         self.signal = 0
+        self._say: Callable[[str], object] | None = None
+
+    def __call__(self) -> bool:
+        return bool(self.signal)
+
+    @property
+    def code(self) -> int:
+        """The exit code of a command that was interrupted."""
+        return 128 + (self.signal or signal.SIGINT)
+
+    @contextlib.contextmanager
+    def gently(self, say: Callable[[str], object]) -> Iterator[_Stop]:
+        """Here the first signal is told, and makes this object true; who trains asks for that."""
+        self._say = say
+        try:
+            yield self
+        finally:
+            self._say = None
 
     def __enter__(self) -> _Stop:
-        self._before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+        self._before = {s: signal.getsignal(s) for s in STOPPING}
+        self._hears, self._speaks = os.pipe()
+        os.set_blocking(self._speaks, False)
+        self._earlier = signal.set_wakeup_fd(self._speaks, warn_on_full_buffer=False)
+        _Stop.listening = True
         for number in self._before:
             signal.signal(number, self._handle)
+        self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._earlier)
+        _Stop.listening = False
+        os.close(self._speaks)  # which ends the thread
+        self._thread.join()
+        os.close(self._hears)
 
-    def __call__(self) -> bool:
-        return bool(self.signal)
+    def _listen(self) -> None:
+        first = True
+        while heard := os.read(self._hears, 1):
+            number = heard[0]
+            if number not in self._before:
+                continue
+            if not first:
+                os._exit(128 + number)
+            first, self.signal = False, number
+            if self._say is not None:
+                self._say("stopping after this step, with a checkpoint; once more to leave at once")
 
     def _handle(self, number: int, _frame: Any) -> None:
-        if self.signal:
-            os._exit(128 + number)
-        self.signal = number
-        self._console.print(
-            "stopping after this step, with a checkpoint; once more to leave at once"
-        )
+        if self._say is None:
+            self.signal = self.signal or number  # the thread may not have come to it yet
+            raise KeyboardInterrupt
+
+
+def _hold_signals(how: int = signal.SIG_BLOCK) -> None:
+    if _Stop.listening:
+        signal.pthread_sigmask(how, STOPPING)
+
+
+def _forget_signals() -> None:
+    """A forked child shares the pipe, but what ends the child is not meant for us."""
+    if _Stop.listening:
+        signal.set_wakeup_fd(-1)
+        for number in STOPPING:
+            signal.signal(number, signal.SIG_DFL)
+        _hold_signals(signal.SIG_UNBLOCK)
+
+
+os.register_at_fork(
+    before=_hold_signals,
+    after_in_parent=functools.partial(_hold_signals, signal.SIG_UNBLOCK),
+    after_in_child=_forget_signals,
+)
 
 
 def _console() -> Console:
@@ -414,18 +600,22 @@ def _numbers(words: Sequence[str]) -> list[int]:
 
 
 def _tracker(options: argparse.Namespace) -> Callable[[Any], Any]:
-    """What gives a run the callbacks of the tracker that was asked for."""
-    if not options.wandb:
+    """What gives a run the callbacks of the trackers that were asked for."""
+    asked = [*options.tracker, *([f"wandb:{options.wandb}"] if options.wandb else [])]
+    if not asked:
         return lambda run: {}
     from cnnlab import config as config_lib
     from cnnlab.training import trackers
 
-    return lambda run: trackers.wandb(
-        options.wandb,
-        name=f"{run.row}, seed {run.seed}",
-        identity=run.identity,
-        config=config_lib.plain(run.config),
-    )
+    def track(run: Any) -> Any:
+        about = {
+            "name": f"{run.row}, seed {run.seed}",
+            "identity": run.identity,
+            "config": config_lib.plain(run.config),
+        }
+        return trackers.merge(*(trackers.create(text, **about) for text in asked))
+
+    return track
 
 
 def _table(options: argparse.Namespace, changes: dict[str, str]) -> int:
@@ -438,6 +628,7 @@ def _table(options: argparse.Namespace, changes: dict[str, str]) -> int:
     if options.without:
         raise CnnlabError("--without is for benchmarks: only they have contenders")
     _start_jax()
+    from cnnlab import faults
     from cnnlab.sweep import executor, results
     from cnnlab.sweep.progress import LiveProgress
     from cnnlab.training import loop
@@ -454,8 +645,13 @@ def _table(options: argparse.Namespace, changes: dict[str, str]) -> int:
         if options.dry_run:
             results.print_plan(console, executor.plan(chosen, options.runs, programs))
             return 0
+        faults.require_writable(options.results, "--results")
+        faults.require_writable(options.runs, "--runs")
         try:
-            with _Stop(console) as stop, LiveProgress(console, chosen, options.runs) as progress:
+            with (
+                options.stop.gently(console.print) as stop,
+                LiveProgress(console, chosen, options.runs) as progress,
+            ):
                 executor.execute(
                     chosen,
                     options.runs,
@@ -468,24 +664,140 @@ def _table(options: argparse.Namespace, changes: dict[str, str]) -> int:
                     allow=loaded.allow,
                 )
         except loop.Interrupted:
-            return _complain(
-                "interrupted; the same command goes on where it was", 128 + stop.signal
-            )
-        done = (executor.finished(run, options.runs) for run in loaded.runs)
-        # What was not asked for now may lack a score that the table wants: it is missing, then.
-        here = {
-            (r["row"], r["seed"]): r
-            for r in done
-            if r is not None and (r["status"] != "done" or {*loaded.extras} <= {*r["scores"]})
-        }
-        # Cells that were run elsewhere, with these very settings, keep their place in the table.
-        kept = {(r["row"], r["seed"]): r for r in results.read(loaded, folder, skip_others=True)}
-        records = list((kept | here).values())
+            return _complain("interrupted; the same command goes on where it was", stop.code)
+        records = _finished(options, loaded)
+    _write_table(console, loaded, records, folder)
+    return 0
+
+
+def _finished(options: argparse.Namespace, loaded: Any) -> list[dict[str, Any]]:
+    """The records of an experiment's finished runs."""
+    from cnnlab.sweep import executor, results
+
+    done = (executor.finished(run, options.runs) for run in loaded.runs)
+    # What was not asked for now may lack a score that the table wants: it is missing, then.
+    here = {
+        (r["row"], r["seed"]): r
+        for r in done
+        if r is not None and (r["status"] != "done" or {*loaded.extras} <= {*r["scores"]})
+    }
+    # Cells that were run elsewhere, with these very settings, keep their place in the table.
+    there = results.read(loaded, options.results / loaded.name, skip_others=True)
+    kept = {(r["row"], r["seed"]): r for r in there}
+    return list((kept | here).values())
+
+
+def _write_table(
+    console: Console, loaded: Any, records: Sequence[dict[str, Any]], folder: Path
+) -> None:
+    from cnnlab.sweep import results
+
     table, written = results.write(loaded, records, folder)
     results.show(console, table)
     for path in written:
         console.print(f"wrote {path}", soft_wrap=True)
+
+
+def _sweep(options: argparse.Namespace, changes: dict[str, str]) -> int:
+    if options.pin:  # before XLA counts the cores
+        os.sched_setaffinity(0, {int(core) for core in options.pin.split(",")})
+    _start_jax()
+    from cnnlab import faults
+    from cnnlab.sweep import launchers
+    from cnnlab.training import loop
+    from cnnlab.types import CnnlabError
+
+    for name, least in (("jobs", 1), ("together", 0), ("cores", 1)):
+        if (value := getattr(options, name)) is not None and value < least:
+            raise CnnlabError(f"--{name}: expected at least {least}, got {value}")
+    console, store = _console(), options.store
+    tell = functools.partial(console.print, soft_wrap=True)
+    faults.require_writable(options.results, "--results")
+    faults.require_writable(options.runs, "--runs")
+    task = launchers.Work(
+        options.file.absolute(),
+        options.runs.absolute(),
+        tuple(options.rows),
+        tuple(_numbers(options.seeds)),
+        options.together,
+        options.lease_seconds,
+        store if "://" in store or not store else str(Path(store).absolute()),
+    )
+    try:
+        with options.stop.gently(tell) as stop:
+            if options.worker:
+                index, _, of = options.worker.partition("/")
+                launchers.work(
+                    task, index=int(index), of=int(of), should_stop=stop, console=console
+                )
+                return 0
+            if launchers.unfinished(task):
+                _launch(options, task, stop, tell)
+    except loop.Interrupted:
+        return _complain("interrupted; the same command goes on where it was", stop.code)
+    if options.launcher == "slurm" and options.detach:
+        tell(
+            f"when they have ended: cnnlab sweep {options.file} --runs {options.runs} --results "
+            f"{options.results}{f' --store {store}' if store else ''}\n"
+            "(which writes the table, and trains here what is missing)"
+        )
+        return 0
+    loaded, chosen = task.load()
+    launchers.fetch(task, chosen)
+    missing = [f"{run.row!r} seed {run.seed}" for run in launchers.unfinished(task)]
+    if missing:
+        raise CnnlabError(
+            f"all workers have ended, but {len(missing)} of {len(chosen)} runs are not finished: "
+            f"{', '.join(missing[:5])}; the same command goes on"
+        )
+    _write_table(console, loaded, _finished(options, loaded), options.results / loaded.name)
     return 0
+
+
+def _launch(
+    options: argparse.Namespace, task: Any, stop: _Stop, tell: Callable[[str], None]
+) -> None:
+    """Hands a sweep's work to its launcher, with the settings that are for it."""
+    common: dict[str, Any] = {"workers": options.jobs, "should_stop": stop, "tell": tell}
+    if options.launcher == "local":
+        from cnnlab.sweep.launchers import local
+
+        local.launch(task, cores=options.cores, **common)
+    elif options.launcher == "ray":
+        from cnnlab.sweep.launchers import ray
+
+        amounts = {k: float(v) for k, v in _pairs("resources", options.resources, float).items()}
+        ray.launch(
+            task,
+            address=options.address,
+            num_cpus=options.num_cpus,
+            num_gpus=options.num_gpus,
+            resources=amounts,
+            max_retries=options.max_retries,
+            **common,
+        )
+    else:
+        from cnnlab.sweep.launchers import slurm
+
+        settings = _pairs("slurm", options.slurm)
+        slurm.launch(task, settings=settings, detach=options.detach, **common)
+
+
+def _pairs(option: str, words: Sequence[str], read: Callable[[str], Any] = str) -> dict[str, str]:
+    """Reads `a=1 b=2`; `read` raises a ValueError where a value won't do."""
+    from cnnlab.types import CnnlabError
+
+    found = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        try:
+            read(value)
+        except ValueError:
+            equals = ""
+        if not key or not equals or not value:
+            raise CnnlabError(f"--{option}: expected NAME=VALUE, got {word!r}")
+        found[key] = value
+    return found
 
 
 def _times(options: argparse.Namespace, module: Any, made: Any) -> int:
@@ -493,7 +805,7 @@ def _times(options: argparse.Namespace, module: Any, made: Any) -> int:
     from cnnlab.sweep import results, timing
     from cnnlab.types import CnnlabError
 
-    for name in ("seeds", "wandb"):
+    for name in ("seeds", "wandb", "tracker"):
         if getattr(options, name):
             raise CnnlabError(f"--{name}: a benchmark trains nothing, so it has no use for it")
     console = _console()
@@ -512,7 +824,8 @@ def _times(options: argparse.Namespace, module: Any, made: Any) -> int:
             timing.execute(loaded, cases, contenders, folder, tell=tell)
         except KeyboardInterrupt:
             return _complain(
-                "interrupted; the same command goes on with the case that it was at", INTERRUPTED
+                "interrupted; the same command goes on with the case that it was at",
+                options.stop.code,
             )
     records = timing.read(loaded, folder)
     if not records:
@@ -540,12 +853,15 @@ def _train(options: argparse.Namespace, changes: dict[str, str]) -> int:
     this = experiment.Run(Path(name).stem, config.seed, config, config_lib.identity(config))
     folder = options.folder or options.runs / this.folder
     try:
-        with _Stop(console) as stop, LiveProgress(console, [this], folder.parent) as progress:
+        with (
+            options.stop.gently(console.print) as stop,
+            LiveProgress(console, [this], folder.parent) as progress,
+        ):
             callbacks = trackers.merge(progress.begin(this), _tracker(options)(this))
             job = run.Job(config, folder, this.row, callbacks)
             (record,) = run.train([job], programs=Programs(), should_stop=stop)
     except loop.Interrupted:
-        return _complain("interrupted; the same command goes on where it was", 128 + stop.signal)
+        return _complain("interrupted; the same command goes on where it was", stop.code)
     results.show_scores(console, record, folder)
     return 0
 
@@ -992,6 +1308,54 @@ def _predict(options: argparse.Namespace, changes: dict[str, str]) -> int:
     return 0
 
 
+def _layout(changes: dict[str, str], *fixed: str) -> dict[str, Any]:
+    """The fields of `image_folder` that are given, but for those that the command has itself."""
+    from cnnlab import config as config_lib
+    from cnnlab.types import CnnlabError
+
+    for name in ("name", "validation", "folder", "size", *fixed):
+        if name in changes:
+            raise CnnlabError(f"--data.{name} has no meaning here; see cnnlab data --help")
+    config = config_lib.override(
+        config_lib.base(data="image_folder"),
+        {f"data.{name}": value for name, value in changes.items()},
+        "command line",
+    )
+    return {name: config.data[name] for name in changes}
+
+
+def _data_scan(options: argparse.Namespace, changes: dict[str, str]) -> int:
+    from cnnlab import packing
+
+    layout = _layout(changes, "bad", "channels", "fit", "interpolation")
+    found = packing.scan(options.folder, **layout)
+    for table in packing.render(found):
+        _console().print(table)
+    return USER_ERROR if found.bad else 0
+
+
+def _data_pack(options: argparse.Namespace, changes: dict[str, str]) -> int:
+    from cnnlab import packing
+
+    packed = packing.pack(
+        options.folder,
+        options.output,
+        size=options.size,
+        raw=options.raw,
+        jpeg_quality=options.jpeg_quality,
+        shard_size=options.shard_size,
+        **_layout(changes),
+    )
+    counts = " and ".join(f"{count} {split}" for split, count in packed.examples.items())
+    _console().print(
+        f"wrote {packed.folder}: {counts} images in {sum(packed.shards.values())} shards, "
+        f"{packed.bytes / packing.MEGABYTE:.1f} MB, {len(packed.left_out)} left out. Train with "
+        f"data.name=array_record data.folder={packed.folder}",
+        soft_wrap=True,
+    )
+    return 0
+
+
 def _export(options: argparse.Namespace, changes: dict[str, str]) -> int:
     _start_jax()
     from cnnlab import exporting
@@ -1008,6 +1372,22 @@ def _export(options: argparse.Namespace, changes: dict[str, str]) -> int:
         soft_wrap=True,
     )
     return 0
+
+
+def _doctor(options: argparse.Namespace, changes: dict[str, str]) -> int:
+    from cnnlab import backend, doctor
+
+    backend.keep_heap()  # but JAX is not started here: that it can't be is a finding
+    facts = doctor.examine(options.runs)
+    findings = doctor.diagnose(facts)
+    report = doctor.report(facts, findings)
+    if options.json:
+        import json
+
+        print(json.dumps(report, indent=1))
+    else:
+        doctor.render(facts, findings, _console())
+    return 0 if report["ok"] else 1
 
 
 if __name__ == "__main__":

@@ -26,11 +26,13 @@ from __future__ import annotations
 import fcntl
 import functools
 import hashlib
+import io
 import json
 import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -56,6 +58,9 @@ def write_atomic(path: Path, content: bytes | str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # which failed writes lack
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -98,8 +103,10 @@ class RunFolder:
         self.path = path
         path.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(path / ".lock")
-        self._events: Any = None
+        self._events: _Events | None = None
         try:
+            for unfinished in path.glob(".*.tmp"):  # by a process that was killed: we hold the lock
+                unfinished.unlink()
             self._claim(config_lib.plain(config))
         except BaseException:
             self._lock.close()
@@ -121,9 +128,11 @@ class RunFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._events is not None:
-            self._events.close()
-        self._lock.close()
+        try:
+            if self._events is not None:
+                self._events.close()
+        finally:
+            self._lock.close()
 
     @property
     def checkpoints(self) -> Path:
@@ -138,19 +147,19 @@ class RunFolder:
 
     def log(self, row: Mapping[str, float], seconds: float) -> None:
         """Appends one line of metrics; `row` has `step`."""
-        from tensorboardX import SummaryWriter  # half a second that only training needs
-
         for name, line in (
             ("metrics.jsonl", dict(row)),
             ("seconds.jsonl", {"step": row["step"], "seconds": seconds}),
         ):
-            with open(self.path / name, "a") as file:
-                file.write(json.dumps(line) + "\n")
+            try:
+                with open(self.path / name, "a") as file:
+                    file.write(json.dumps(line) + "\n")
+            except OSError as error:
+                error.filename = error.filename or str(self.path / name)
+                raise
         if self._events is None:
-            self._events = SummaryWriter(str(self.path / "events"), purge_step=int(row["step"]))
-        for key, value in row.items():
-            if key != "step":
-                self._events.add_scalar(key, value, int(row["step"]))
+            self._events = _Events(self.path / "events", int(row["step"]))
+        self._events.write(row)
 
     def metrics(self) -> list[dict[str, float]]:
         """The lines logged so far."""
@@ -158,10 +167,9 @@ class RunFolder:
 
     def write_predictions(self, logits: np.ndarray, labels: np.ndarray) -> None:
         """Keeps the logits and labels of the test split."""
-        path = self.path / "predictions.npz"
-        temporary = path.with_name(".predictions.tmp.npz")
-        np.savez(temporary, logits=logits, labels=labels)
-        os.replace(temporary, path)
+        packed = io.BytesIO()
+        np.savez(packed, logits=logits, labels=labels)
+        write_atomic(self.path / "predictions.npz", packed.getvalue())
 
     def finish(self, record: Record) -> None:
         """Writes `result.json`: from now on the run is finished."""
@@ -184,6 +192,44 @@ def read_result(folder: Path) -> dict[str, Any] | None:
             "another version of cnnlab: remove the folder to run again"
         )
     return dict(record)
+
+
+class _Events:
+    """Metrics as TensorBoard reads them, in one file for each time that the run goes on.
+
+    Without tensorboardX's `SummaryWriter`: its thread dies of a full disk unseen, whereupon the
+    next few metrics wait for it for ever; and its files are named by the clock alone, so that of
+    two begun within a second the first is overwritten.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        from tensorboardX import event_file_writer, summary  # which only training needs
+        from tensorboardX.proto import event_pb2
+
+        self._scalar, self._event = summary.scalar, event_pb2.Event
+        folder.mkdir(exist_ok=True)
+        # Sorted in the order in which they were begun, whatever the clock says.
+        begun = folder / f"events{len(list(folder.iterdir())):05}"
+        self._writer = event_file_writer.EventsWriter(str(begun))
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._writer.write_event(  # what is shown of this step and later ones is forgotten
+            event_pb2.Event(wall_time=time.time(), step=step, session_log=start)
+        )
+
+    def write(self, row: Mapping[str, float]) -> None:
+        for key, value in row.items():
+            if key != "step":
+                self._writer.write_event(
+                    self._event(
+                        wall_time=time.time(),
+                        step=int(row["step"]),
+                        summary=self._scalar(key, value),
+                    )
+                )
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 def _lines(path: Path) -> list[dict[str, float]]:

@@ -1,6 +1,8 @@
 """Checkpoints: exact, on any devices, keeping the latest and the best."""
 
 import errno
+import json
+import os
 import shutil
 
 import jax
@@ -166,6 +168,58 @@ def test_where_all_are_damaged_the_run_begins_anew(tmp_path):
         checkpoints = Checkpoints(tmp_path / "checkpoints", best="max")
     with checkpoints:
         assert checkpoints.steps == []
+
+
+@pytest.mark.parametrize("how", ["zeroed", "deleted", "changed"])
+def test_a_damaged_monitored_value_is_mended_from_its_copy(tmp_path, how):
+    folder = tmp_path / "checkpoints"
+    with Checkpoints(folder, best="max") as checkpoints:
+        for step, monitored in ((3, 0.9), (5, None), (7, None)):
+            checkpoints.save(state(step), {"best": 3}, monitored)
+    file = folder / "3" / "metrics" / "metrics"
+    content = file.read_bytes()
+    assert b"0.9" in content
+    if how == "deleted":
+        file.unlink()
+    else:
+        file.write_bytes(bytes(5) if how == "zeroed" else content.replace(b"0.9", b"0.1"))
+    with Checkpoints(folder, best="max") as checkpoints:
+        checkpoints.save(state(9), {}, 0.5)
+        checkpoints.save(state(11), {}, None)
+        checkpoints.wait()
+        assert checkpoints.steps == [3, 9, 11]  # 3 is still the best
+        assert checkpoints.restore(state(0), 3)[1] == {"best": 3}
+
+
+def test_a_monitored_value_without_a_copy_sets_its_checkpoint_aside(tmp_path):
+    folder = tmp_path / "checkpoints"
+    with Checkpoints(folder, best="max") as checkpoints:
+        for step, monitored in ((3, 0.9), (5, None), (7, None)):
+            checkpoints.save(state(step), {}, monitored)
+    for file in ("metrics/metrics", "_CHECKPOINT_METADATA"):
+        (folder / "3" / file).write_bytes(bytes(7))
+    with pytest.warns(CnnlabWarning, match=r"step 3 \(its monitored value.*goes on from step 7"):
+        checkpoints = Checkpoints(folder, best="max")
+    with checkpoints:
+        assert checkpoints.steps == [5, 7]
+
+
+def test_a_clock_that_goes_backwards_keeps_the_latest_steps(tmp_path):
+    """Of checkpoints, the step is what counts, not when each was written."""
+    saved(tmp_path, (3, 5))
+    for step, nanoseconds in ((3, 2 * 10**18), (5, 10**18)):
+        note = tmp_path / str(step) / "_CHECKPOINT_METADATA"
+        content = json.loads(note.read_text())
+        for key in ("init_timestamp_nsecs", "commit_timestamp_nsecs"):
+            assert content[key] > 0
+            content[key] = nanoseconds
+        note.write_text(json.dumps(content))
+        os.utime(tmp_path / str(step), ns=(nanoseconds, nanoseconds))
+    with Checkpoints(tmp_path, best="max") as checkpoints:
+        assert checkpoints.steps == [3, 5]
+        checkpoints.save(state(7), {}, None)
+        checkpoints.wait()
+        assert checkpoints.steps == [5, 7]
 
 
 def test_a_damaged_best_checkpoint_is_told(tmp_path):

@@ -2,9 +2,11 @@
 
 import json
 import os
+import struct
 
 import numpy as np
 import pytest
+from tensorboardX.proto import event_pb2
 
 from cnnlab import config, record
 from cnnlab.types import CnnlabError
@@ -54,6 +56,51 @@ def test_a_damaged_line_in_the_middle_is_an_error(tmp_path, made):
         (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
         with pytest.raises(CnnlabError, match="line 2 is damaged"):
             folder.metrics()
+
+
+def test_what_a_killed_process_had_begun_to_write_is_removed(tmp_path, made):
+    (tmp_path / ".result.json.123.tmp").write_text("{")
+    with record.RunFolder(tmp_path, made):
+        assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "config.json"]
+
+
+def test_events_are_those_that_were_logged_however_often_a_run_goes_on(tmp_path, made):
+    """Within one second, too, by which tensorboardX names its files."""
+    for step in (1, 2):
+        with record.RunFolder(tmp_path, made) as folder:
+            folder.log({"step": step, "train/loss": 0.5 / step}, seconds=0.0)
+    files = sorted((tmp_path / "events").iterdir())
+    assert [file.name[:11] for file in files] == ["events00000", "events00001"]
+    for step, file in enumerate(files, 1):
+        _, begin, logged = events(file.read_bytes())
+        assert (begin.step, begin.session_log.status) == (step, begin.session_log.START)
+        assert logged.step == step
+        (value,) = logged.summary.value
+        assert (value.tag, value.simple_value) == ("train/loss", 0.5 / step)
+
+
+def events(content):
+    """TFRecords: length, its checksum, the event, its checksum."""
+    found = []
+    while content:
+        (length,) = struct.unpack("<Q", content[:8])
+        found.append(event_pb2.Event.FromString(content[12 : 12 + length]))
+        content = content[16 + length :]
+    return found
+
+
+def test_a_failed_write_names_the_file(tmp_path, made, monkeypatch):
+    with record.RunFolder(tmp_path, made) as folder:
+        (tmp_path / "metrics.jsonl").mkdir()
+        with pytest.raises(OSError, match=r"metrics\.jsonl"):
+            folder.log({"step": 1}, seconds=0.0)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*a\.json"):
+        record.write_atomic(tmp_path / "a.json", "new")
 
 
 def test_the_lock_goes_with_its_holder(tmp_path, made):

@@ -9,7 +9,8 @@ from cnnlab.types import CnnlabError
 def test_every_folder_registers_what_its_files_define():
     assert {"lenet5", "resnet20", "vgg16_bn"} <= set(registry.plugins("models"))
     assert {"crop", "flip"} <= set(registry.plugins("augment"))
-    assert {"fashion_mini", "digits", "fashion_mnist", "tfds"} == set(registry.plugins("data"))
+    sources = {"array_record", "digits", "fashion_mini", "fashion_mnist", "image_folder", "tfds"}
+    assert sources == set(registry.plugins("data"))
     assert {"classification"} == set(registry.plugins("tasks"))
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import math
 import os
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from cnnlab.data import _streaming
 from cnnlab.data._source import channel_moments, check_split
 from cnnlab.registry import did_you_mean
 from cnnlab.types import ArraySource, CnnlabError, DatasetInfo, Examples, Source
@@ -40,6 +42,8 @@ class TfdsSource:
     Attributes:
         info: the data set.
         records: the data source of TFDS: decoded examples by position.
+        undecoded: the same with images left as bytes.
+        identity: what tells this split's files from others; "" if that can't be told.
         split: the split's name or slice in TFDS, for messages.
         image_key: the feature that holds the image.
         label_key: the feature that holds the class number.
@@ -47,12 +51,41 @@ class TfdsSource:
 
     info: DatasetInfo
     records: Any
+    undecoded: Any
+    identity: str
     split: str
     image_key: str
     label_key: str
 
     def __len__(self) -> int:
         return len(self.records)
+
+    @functools.cached_property
+    def labels(self) -> np.ndarray:
+        """[N] int32; reads all files the first time, without decoding an image.
+
+        Raises:
+            CnnlabError: an example can't be read, or has no valid label.
+        """
+
+        def read() -> list[int]:
+            indices = range(len(self))
+            found = [int(self._record(self.undecoded, i)[self.label_key]) for i in indices]
+            for index, label in enumerate(found):
+                self._check_label(index, label)
+            return found
+
+        key = hashlib.sha256(f"{self.identity}{self.split}{self.label_key}".encode()).hexdigest()
+        found = _streaming.kept(f"labels-{key[:32]}", read) if self.identity else read()
+        return np.array(found, np.int32)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits of the set's version and files, the split, its labels and its images."""
+        about = (self.info.name, self.info.image_shape, self.info.class_names, self.identity)
+        digest = hashlib.sha256(repr((*about, self.split, self.image_key)).encode())
+        digest.update(self.labels.tobytes())
+        return digest.hexdigest()[:16]
 
     def get(self, indices: np.ndarray) -> Examples:
         """The examples at these positions, in this order: [n, H, W, C] uint8 and [n] int32.
@@ -71,11 +104,7 @@ class TfdsSource:
                     f"{_by(image.shape)}. Use a set whose images all have one size, or prepare a "
                     "resized copy"
                 )
-            if not 0 <= label < self.info.num_classes:
-                raise CnnlabError(
-                    f"{self.info.name}: example {index} of split {self.split!r} has label {label}, "
-                    f"expected 0 to {self.info.num_classes - 1}. Choose a labelled split"
-                )
+            self._check_label(int(index), label)
             images[position], labels[position] = image, label
         return Examples(images, labels)
 
@@ -83,16 +112,26 @@ class TfdsSource:
         """The shape of the first image."""
         return self._decode(0)[0].shape
 
+    def _check_label(self, index: int, label: int) -> None:
+        if not 0 <= label < self.info.num_classes:
+            raise CnnlabError(
+                f"{self.info.name}: example {index} of split {self.split!r} has label {label}, "
+                f"expected 0 to {self.info.num_classes - 1}. Choose a labelled split"
+            )
+
     def _decode(self, index: int) -> tuple[np.ndarray, int]:
+        record = self._record(self.records, index)
+        return np.asarray(record[self.image_key]), int(record[self.label_key])
+
+    def _record(self, records: Any, index: int) -> Any:
         try:
-            record = self.records[index]
+            return records[index]
         except (RuntimeError, OSError, ValueError) as error:
             # Of array_record's reader, of pillow, and of TFDS's parser, in this order.
             raise CnnlabError(
                 f"{self.info.name}: cannot read example {index} of split {self.split!r}: {error}. "
                 "If its files are truncated or damaged, delete the set and prepare it again"
             ) from error
-        return np.asarray(record[self.image_key]), int(record[self.label_key])
 
 
 def info(
@@ -148,8 +187,9 @@ def load(
     data_dir = _data_dir()
     known = _info(data_dir, dataset, train_split, image_key, label_key)
     name = train_split if split == "train" else test_split
-    records = _records(_builder(data_dir, dataset), data_dir, dataset, name, image_key)
-    lazy = TfdsSource(known, records, name, image_key, label_key)
+    lazy = _source(
+        _builder(data_dir, dataset), known, data_dir, dataset, name, image_key, label_key
+    )
     if len(lazy) * math.prod(known.image_shape) >= MAX_BYTES_IN_MEMORY:
         return lazy
     return ArraySource(known, *lazy.get(np.arange(len(lazy))))
@@ -161,7 +201,6 @@ def _info(
 ) -> DatasetInfo:
     builder = _builder(data_dir, dataset)
     image_shape, class_names = _features(builder, dataset, image_key, label_key)
-    records = _records(builder, data_dir, dataset, train_split, image_key)
     bare = DatasetInfo(
         name=f"tfds:{dataset}",
         image_shape=image_shape,
@@ -171,7 +210,7 @@ def _info(
         license=builder.info.redistribution_info.license or "see the homepage",
         homepage=builder.info.homepage,
     )
-    lazy = TfdsSource(bare, records, train_split, image_key, label_key)
+    lazy = _source(builder, bare, data_dir, dataset, train_split, image_key, label_key)
     if None in image_shape:
         height, width, channels = lazy.image_shape()
         bare = dataclasses.replace(bare, image_shape=(height, width, channels))
@@ -217,6 +256,30 @@ def _builder(data_dir: str | None, dataset: str) -> Any:
             f"TFDS cannot open the data set {dataset!r} (name[/config][:version]) in "
             f"{data_dir or 'its default folder'}: {reason}"
         ) from error
+
+
+def _source(
+    builder: Any,
+    known: DatasetInfo,
+    data_dir: str | None,
+    dataset: str,
+    split: str,
+    image_key: str,
+    label_key: str,
+) -> TfdsSource:
+    records, undecoded = (
+        _records(builder, data_dir, dataset, split, key) for key in (image_key, "")
+    )
+    return TfdsSource(known, records, undecoded, _identity(builder), split, image_key, label_key)
+
+
+def _identity(builder: Any) -> str:
+    """Version, and names and sizes of the files; "" where they do not lie on this machine."""
+    try:
+        files = sorted((f.name, f.stat().st_size) for f in os.scandir(builder.data_dir))
+    except OSError:
+        return ""
+    return repr((builder.info.full_name, files))
 
 
 def _records(builder: Any, data_dir: str | None, dataset: str, split: str, image_key: str) -> Any:

@@ -7,15 +7,16 @@ import dataclasses
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from cnnlab import config as config_lib
-from cnnlab import describe, encoding, keys, parallel, pipeline, record
+from cnnlab import describe, encoding, faults, keys, parallel, pipeline, record
 from cnnlab.checkpoint import Checkpoints
 from cnnlab.evaluation import certification, checklist, chunks, corruption, robustness, scores
 from cnnlab.training import defence, loop, optim
@@ -108,18 +109,34 @@ def train(
             config = wave[0].config
             split = load_split(config, "train")
             program = programs.get(config, split.info, config_lib.program(config))
-            outcomes = loop.fit(
-                [members[job.path] for job in wave], program, split, should_stop=should_stop
-            )
-            for job, outcome in zip(wave, outcomes, strict=True):
-                member = members[job.path]
-                state, best_step = outcome.state, outcome.note.best_step
-                if outcome.diverged_step is None and job.config.train.keep == "best" and best_step:
-                    state, _ = member.checkpoints.restore(state, best_step)
-                result = _result(job, program, split, member, outcome, state)
-                member.folder.finish(result)
-                results[job.path] = result
+            with _explained(config):
+                outcomes = loop.fit(
+                    [members[job.path] for job in wave], program, split, should_stop=should_stop
+                )
+                for job, outcome in zip(wave, outcomes, strict=True):
+                    member = members[job.path]
+                    state, best_step = outcome.state, outcome.note.best_step
+                    if (
+                        outcome.diverged_step is None
+                        and job.config.train.keep == "best"
+                        and best_step
+                    ):
+                        state, _ = member.checkpoints.restore(state, best_step)
+                    result = _result(job, program, split, member, outcome, state)
+                    member.folder.finish(result)
+                    results[job.path] = result
     return [results[job.path] for job in jobs]
+
+
+@contextlib.contextmanager
+def _explained(config: ConfigDict) -> Iterator[None]:
+    """Says what to do where the memory of a device, or of the host, is not enough."""
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if (told := faults.explain_memory(error, config)) is None:
+            raise
+        raise told from error
 
 
 def extend(
@@ -178,7 +195,7 @@ def _measured(
     if transferred:
         _, its_program, its_state = restored(path.parent / source)
         other = (its_program.logits_of, loop.scored(its_state))
-    with record.RunFolder(path, config):
+    with record.RunFolder(path, config), _explained(config):
         if several:
             return _attacked(attack, int(examples), other, place, allow, config, program, state)
         return EXTRAS[name](config, program, state)
@@ -222,7 +239,7 @@ def certify(
         return dict(kept)
     config, program, state, _ = restore(path, programs)
     looked_at, unfinished = load_split(config, "test").first(examples), path / file.stem
-    with record.RunFolder(path, config):
+    with record.RunFolder(path, config), _explained(config):
         counts = certification.count(
             keys.key(config.seed, "certification"),
             program.logits_of,

@@ -1,7 +1,9 @@
 """The TFDS source: a set really prepared (without TensorFlow), and TFDS's own mocks."""
 
+import dataclasses
 import io
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -11,7 +13,7 @@ import pytest
 
 from cnnlab.data import tfds as source_file
 from cnnlab.data._source import channel_moments
-from cnnlab.types import ArraySource, CnnlabError, fingerprint
+from cnnlab.types import ArraySource, CnnlabError, StreamedSource, fingerprint
 
 COLOURS = np.random.default_rng(0).integers(0, 256, (2, 12, 6, 5, 3), np.uint8)
 
@@ -121,6 +123,29 @@ def test_a_set_too_large_for_memory_stays_lazy(tiny, monkeypatch):
     chosen = np.array([11, 0, 3, 3])
     assert fingerprint(lazy.get(chosen)) == fingerprint(whole.get(chosen))
     assert lazy.get(np.arange(0)).images.shape == (0, 6, 5, 3)
+
+
+def test_a_lazy_set_knows_its_labels_without_decoding(tiny, monkeypatch, tmp_path):
+    monkeypatch.setenv("CNNLAB_CACHE", str(tmp_path))
+    monkeypatch.setattr(source_file, "MAX_BYTES_IN_MEMORY", 0)
+    lazy = source_file.load("train", **tiny)
+    assert isinstance(lazy, StreamedSource)
+    assert isinstance(lazy.undecoded[0]["image"], bytes)
+    bare = dataclasses.replace(lazy, records=[None] * 12)
+    assert bare.labels.dtype == np.int32
+    assert bare.labels.tolist() == [i % 3 for i in range(12)]
+    # The second time they come from the cache.
+    kept = dataclasses.replace(bare, undecoded=[None] * 12)
+    assert kept.labels.tolist() == bare.labels.tolist()
+    copy = pickle.loads(pickle.dumps(lazy))
+    assert fingerprint(copy.get(np.arange(12))) == fingerprint(lazy.get(np.arange(12)))
+    prints = {lazy.fingerprint, source_file.load("test", **tiny).fingerprint}
+    prints.add(source_file.load("train", **(tiny | {"train_split": "train[:8]"})).fingerprint)
+    assert len(prints) == 3
+    assert copy.fingerprint == bare.fingerprint == lazy.fingerprint
+    unlabelled = source_file.load("test", **(tiny | {"test_split": "unlabelled"}))
+    with pytest.raises(CnnlabError, match=r"example 0 .* has label -1"):
+        _ = unlabelled.labels
 
 
 def test_moments_are_of_evenly_spaced_images(tiny, monkeypatch):
