@@ -9,6 +9,7 @@ digest of its state: what a disk has damaged since is set aside, and the one bef
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import json
 import logging
@@ -23,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
-from cnnlab import faults, record
+from cnnlab import faults, parallel, record
 from cnnlab.types import CnnlabError, CnnlabWarning, PyTree, TrainState
 
 _copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
@@ -40,7 +41,8 @@ class Checkpoints:
     """The checkpoints of one run: the latest two, and the one with the best monitored metric.
 
     Where the newest is damaged it is moved to the folder `damaged` beside them, with a warning that
-    says what was lost.
+    says what was lost. Where several processes train a run together, all make this object and call
+    its methods; the first decides which are damaged, and moves them.
 
     Args:
         folder: where they lie; made if missing.
@@ -52,18 +54,18 @@ class Checkpoints:
         logging.getLogger("absl").addFilter(_reaches_us_anyway)
         _drop_late_errors()
         self._sound: set[int] = set()  # steps that were looked at, so that none is read anew
-        damaged = []
-        for step in _unknown_values(folder):
-            damaged.append(f"step {step} (its monitored value can't be read)")
-            _set_aside(folder / str(step), folder.parent / "damaged")
+        damaged = [
+            f"step {step} (its monitored value can't be read)"
+            for step in parallel.from_first(lambda: _set_unknown_aside(folder))
+        ]
         self._checkpointer = self._open()
         while self.steps and (problem := self._problem(self.steps[-1])):
             step = self.steps[-1]
             damaged.append(f"step {step} ({problem})")
             self._checkpointer.close()
-            _set_aside(folder / str(step), folder.parent / "damaged")
+            parallel.from_first(functools.partial(_set_aside, folder / str(step)))
             self._checkpointer = self._open()
-        if damaged:
+        if damaged and parallel.is_first():
             rest = f"goes on from step {self.steps[-1]}" if self.steps else "begins anew"
             warnings.warn(
                 f"{folder}: damaged and moved to {folder.parent / 'damaged'}: "
@@ -93,6 +95,12 @@ class Checkpoints:
 
     def _problem(self, step: int) -> str:
         """What is wrong with a checkpoint, on one line; empty if nothing is."""
+        found = self._look(step)  # by all, as the storage library reads
+        if not (told := parallel.from_first(lambda: found)):
+            self._sound.add(step)
+        return told
+
+    def _look(self, step: int) -> str:
         with _quiet():
             try:
                 metadata = self._checkpointer.metadata(step)
@@ -111,13 +119,14 @@ class Checkpoints:
         saved = metadata.custom_metadata.get(DIGEST)  # which the first checkpoints lack
         if saved is not None and saved != _digest(state):
             return "its numbers are not those that were saved"
-        self._sound.add(step)
         return ""
 
     @property
     def steps(self) -> list[int]:
         """The steps that can be restored, ascending."""
-        return sorted(checkpoint.step for checkpoint in self._checkpointer.checkpoints)
+        return parallel.from_first(
+            lambda: sorted(checkpoint.step for checkpoint in self._checkpointer.checkpoints)
+        )
 
     def save(self, state: TrainState, note: dict[str, Any], monitored: float | None) -> None:
         """Starts writing a checkpoint of `state`; waits for the one before it, and for the digest.
@@ -277,7 +286,15 @@ def _unknown_values(folder: Path) -> list[int]:
     return lost
 
 
-def _set_aside(checkpoint: Path, folder: Path) -> None:
+def _set_unknown_aside(folder: Path) -> list[int]:
+    lost = _unknown_values(folder)
+    for step in lost:
+        _set_aside(folder / str(step))
+    return lost
+
+
+def _set_aside(checkpoint: Path) -> None:
+    folder = checkpoint.parent.parent / "damaged"
     folder.mkdir(exist_ok=True)
     taken = {path.name for path in folder.iterdir()}
     names = (f"{checkpoint.name}{mark}" for mark in ("", *(f"-{i}" for i in range(1, 1000))))

@@ -198,6 +198,13 @@ def _parser() -> argparse.ArgumentParser:
         help="train up to N runs of one program at once (0: all), which suits an accelerator; "
         "scores equal those of single runs up to rounding",
     )
+    table.add_argument(
+        "--strategy",
+        choices=("auto", "sequential", "vmap", "map", "unrolled", "devices"),
+        default="auto",
+        help="how --together trains them; auto, the default, measures and records what is fastest; "
+        "name one to repeat a table to the bit",
+    )
 
     _add_sweep(add("sweep", _sweep, "the same by several workers, here or on a cluster"))
 
@@ -660,6 +667,7 @@ def _table(options: argparse.Namespace, changes: dict[str, str]) -> int:
                     track=_tracker(options),
                     should_stop=stop,
                     together=options.together,
+                    strategy=options.strategy,
                     extras=loaded.extras,
                     allow=loaded.allow,
                 )

@@ -1,12 +1,191 @@
-"""The device mesh: one axis, `data`, over which a batch is split; the state is on every device."""
+"""The devices: a mesh of one axis, `data`, over which a batch is split, of one process or several.
+
+The state is on every device. Where several processes (one a machine, as a rule) train together, all
+run the same program; the first alone writes and speaks, and whatever depends on files, signals or
+clocks is decided by it (`from_first`) or by all (`anywhere`): processes that disagree on what to
+compute next wait for each other for ever.
+"""
 
 from __future__ import annotations
 
+import contextvars
+import hashlib
+import json
+import os
+import socket
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from cnnlab.types import CnnlabError
+
+TPU_HOSTS = "TPU_WORKER_HOSTNAMES"
+"""The variable in which a TPU machine finds the names of all machines of its slice."""
+
+_LEAVE_WITHIN = 60
+"""Seconds that a process which ends waits for the others; after that they are ended, too."""
+
+_T = TypeVar("_T")
+_deciding: contextvars.ContextVar[bool] = contextvars.ContextVar("deciding", default=False)
+
+
+def start(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    automatic: bool = False,
+    timeout: int = 300,
+) -> None:
+    """Joins this process with those on other machines; does nothing where there is only one.
+
+    Call it before anything else asks JAX for devices. By itself it finds the others on a TPU slice
+    whose machines are told of each other.
+
+    Args:
+        coordinator: `HOST:PORT` of process 0, which listens there. Needs the next two.
+        num_processes: how many there are.
+        process_id: which this one is, 0 to `num_processes` - 1.
+        automatic: let JAX find all three: on TPU slices, under Slurm and Open MPI.
+        timeout: seconds to wait for the others.
+
+    Raises:
+        CnnlabError: the arguments do not fit, or the others can't be found or reached.
+    """
+    given = (coordinator, num_processes, process_id)
+    if all(value is None for value in given):
+        if automatic or len(os.environ.get(TPU_HOSTS, "").split(",")) > 1:
+            _initialize(timeout)
+        return
+    if coordinator is None or num_processes is None or process_id is None or automatic:
+        raise CnnlabError(
+            "several processes: expected --coordinator, --num-processes and --process-id together, "
+            "or --distributed alone, which finds them"
+        )
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise CnnlabError(f"--coordinator: expected HOST:PORT, got {coordinator!r}")
+    if num_processes < 1:
+        raise CnnlabError(f"--num-processes: expected at least 1, got {num_processes}")
+    if not 0 <= process_id < num_processes:
+        raise CnnlabError(
+            f"--process-id: expected 0 to {num_processes - 1} (--num-processes is "
+            f"{num_processes}), got {process_id}"
+        )
+    if process_id:
+        _await(host.strip("[]"), int(port), timeout)
+    _initialize(timeout, *given)
+
+
+def _await(host: str, port: int, timeout: float) -> None:
+    """Waits until somebody listens there: JAX would end a process that waits in vain by force."""
+    end = time.monotonic() + timeout
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > end:
+                raise CnnlabError(
+                    f"--coordinator: nobody answers at {host}:{port} ({error.strerror or error}) "
+                    f"after {timeout:g} seconds; is process 0 started there, and the port open?"
+                ) from None
+        time.sleep(min(1.0, timeout))
+
+
+def _initialize(timeout: int, *given: str | int | None) -> None:
+    try:
+        jax.distributed.initialize(
+            *given,  # type: ignore[arg-type]
+            initialization_timeout=timeout,
+            shutdown_timeout_seconds=_LEAVE_WITHIN,
+        )
+    except (RuntimeError, ValueError) as error:
+        wanted = given or "what Slurm, Open MPI or a TPU slice tell in the environment"
+        raise CnnlabError(
+            f"the processes did not find each other by {wanted}: {str(error).strip()[:500]}. Start "
+            "the same command in all of them, or give --coordinator, --num-processes and "
+            "--process-id"
+        ) from error
+
+
+def several() -> bool:
+    """Whether other processes train with this one; starts no device where there are none."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes and speaks."""
+    return not several() or jax.process_index() == 0
+
+
+def from_first(decide: Callable[[], _T]) -> _T:
+    """What the first process finds, for all; its error is raised in all. A barrier.
+
+    Args:
+        decide: called by the first process alone; gives plain JSON data. What it calls may itself
+            use `from_first`.
+
+    Raises:
+        CnnlabError: in the other processes, if `decide` raised anything.
+    """
+    if not several() or _deciding.get():
+        return decide()
+    found: dict[str, object] = {}
+    failed: Exception | None = None
+    if is_first():
+        token = _deciding.set(True)
+        try:
+            found = {"value": decide()}
+        except Exception as error:  # raised again below, once the others know
+            failed, found = error, {"error": str(error) or type(error).__name__}
+        finally:
+            _deciding.reset(token)
+    content = json.dumps(found).encode()
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
+    # Few lengths, as each compiles anew.
+    padded = np.zeros(1 << max(size - 1, 255).bit_length(), np.uint8)
+    if is_first():
+        padded[:size] = np.frombuffer(content, np.uint8)
+    told = multihost_utils.broadcast_one_to_all(padded)[:size]
+    if failed is not None:
+        raise failed
+    found = json.loads(told.astype(np.uint8).tobytes())
+    if "error" in found:
+        raise CnnlabError(f"process 0: {found['error']}")
+    return found["value"]  # type: ignore[return-value]
+
+
+def anywhere(mine: bool, *, ask: bool = True) -> bool:
+    """Whether something is so in any process; of a single process, what is so here.
+
+    Args:
+        mine: whether it is so here.
+        ask: whether to ask the others now, which waits for them; otherwise the answer is no. Must
+            be equal in all.
+    """
+    if not several():
+        return mine
+    return ask and bool(multihost_utils.process_allgather(np.array(mine)).any())
+
+
+def require_same(what: str, text: str) -> None:
+    """Raises a CnnlabError in all processes where `text`, which describes `what`, differs."""
+    if not several():
+        return
+    digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+    others = multihost_utils.process_allgather(digest)
+    different = [i for i, other in enumerate(others) if not np.array_equal(other, others[0])]
+    if different:
+        raise CnnlabError(
+            f"{what}: expected the same in all processes, got another than that of process 0 in "
+            f"{', '.join(map(str, different))}; give all the same files and settings"
+        )
 
 
 def make_mesh(devices: int) -> Mesh:
@@ -16,9 +195,20 @@ def make_mesh(devices: int) -> Mesh:
         devices: how many; 0 takes all there are.
 
     Raises:
-        CnnlabError: there are fewer.
+        CnnlabError: there are fewer, or they belong to several processes that were not joined or
+            some of which would have none.
     """
     available = jax.device_count()
+    if jax.process_count() > 1 and not several():
+        raise CnnlabError(
+            f"this machine is one of {jax.process_count()} of a slice: give --distributed, to the "
+            "same command on all of them"
+        )
+    if several() and devices not in (0, available):
+        raise CnnlabError(
+            f"parallel.devices: expected 0 or all {available} of the {jax.process_count()} "
+            f"processes, got {devices}"
+        )
     if devices > available:
         raise CnnlabError(
             f"parallel.devices: expected at most the {available} {jax.default_backend()} "
@@ -27,6 +217,14 @@ def make_mesh(devices: int) -> Mesh:
     count = devices or available
     return jax.make_mesh(
         (count,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:count]
+    )
+
+
+def replicas() -> Mesh:
+    """A mesh of all this process's devices along the axis `replica`: one run (or more) on each."""
+    devices = jax.local_devices()
+    return jax.make_mesh(
+        (len(devices),), ("replica",), axis_types=(AxisType.Auto,), devices=devices
     )
 
 

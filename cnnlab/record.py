@@ -41,7 +41,7 @@ import jax
 import numpy as np
 
 import cnnlab
-from cnnlab import backend
+from cnnlab import backend, parallel
 from cnnlab import config as config_lib
 from cnnlab.types import CnnlabError, PyTree, Record
 
@@ -89,7 +89,9 @@ def read_json(path: Path) -> Any:
 class RunFolder:
     """The folder of one run, held by one process at a time.
 
-    Use it as a context manager.
+    Use it as a context manager. Where several processes train the run together, all make this
+    object and call its methods, and the first alone holds the folder and writes into it; what
+    fails there is raised in all.
 
     Args:
         path: the folder; made if missing.
@@ -101,13 +103,17 @@ class RunFolder:
 
     def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
         self.path = path
-        path.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(path / ".lock")
+        self._lock: BinaryIO | None = None
         self._events: _Events | None = None
+        parallel.from_first(lambda: self._hold(config_lib.plain(config)))
+
+    def _hold(self, config: dict[str, Any]) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(self.path / ".lock")
         try:
-            for unfinished in path.glob(".*.tmp"):  # by a process that was killed: we hold the lock
+            for unfinished in self.path.glob(".*.tmp"):  # of a killed process: we hold the lock
                 unfinished.unlink()
-            self._claim(config_lib.plain(config))
+            self._claim(config)
         except BaseException:
             self._lock.close()
             raise
@@ -132,7 +138,8 @@ class RunFolder:
             if self._events is not None:
                 self._events.close()
         finally:
-            self._lock.close()
+            if self._lock is not None:
+                self._lock.close()
 
     @property
     def checkpoints(self) -> Path:
@@ -141,12 +148,18 @@ class RunFolder:
 
     def rewind(self, step: int) -> None:
         """Forgets every logged line after `step`."""
+        parallel.from_first(lambda: self._rewind(step))
+
+    def _rewind(self, step: int) -> None:
         for name in ("metrics.jsonl", "seconds.jsonl"):
             kept = [line for line in _lines(self.path / name) if line["step"] <= step]
             write_atomic(self.path / name, "".join(json.dumps(line) + "\n" for line in kept))
 
     def log(self, row: Mapping[str, float], seconds: float) -> None:
         """Appends one line of metrics; `row` has `step`."""
+        parallel.from_first(lambda: self._append(row, seconds))
+
+    def _append(self, row: Mapping[str, float], seconds: float) -> None:
         for name, line in (
             ("metrics.jsonl", dict(row)),
             ("seconds.jsonl", {"step": row["step"], "seconds": seconds}),
@@ -163,17 +176,18 @@ class RunFolder:
 
     def metrics(self) -> list[dict[str, float]]:
         """The lines logged so far."""
-        return _lines(self.path / "metrics.jsonl")
+        return parallel.from_first(lambda: _lines(self.path / "metrics.jsonl"))
 
     def write_predictions(self, logits: np.ndarray, labels: np.ndarray) -> None:
         """Keeps the logits and labels of the test split."""
         packed = io.BytesIO()
         np.savez(packed, logits=logits, labels=labels)
-        write_atomic(self.path / "predictions.npz", packed.getvalue())
+        content = packed.getvalue()
+        parallel.from_first(lambda: write_atomic(self.path / "predictions.npz", content))
 
     def finish(self, record: Record) -> None:
         """Writes `result.json`: from now on the run is finished."""
-        write_atomic(self.path / "result.json", dump_json(record))
+        parallel.from_first(lambda: write_atomic(self.path / "result.json", dump_json(record)))
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
@@ -182,6 +196,11 @@ def read_result(folder: Path) -> dict[str, Any] | None:
     Raises:
         CnnlabError: the file is damaged or of another schema.
     """
+    # A file that one machine has just written may not be seen by another yet.
+    return parallel.from_first(lambda: _read_result(folder))
+
+
+def _read_result(folder: Path) -> dict[str, Any] | None:
     file = folder / "result.json"
     if not file.exists():
         return None

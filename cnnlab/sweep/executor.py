@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from cnnlab import augment, record
 from cnnlab import config as config_lib
 from cnnlab.sweep.experiment import Run
-from cnnlab.training import loop, optim, trackers
+from cnnlab.training import loop, optim, strategies, trackers
 from cnnlab.training import run as run_lib
 from cnnlab.training.step import Programs
 from cnnlab.types import Batch, CnnlabError
@@ -58,6 +58,7 @@ def execute(
     track: Callable[[Run], loop.Callbacks] = lambda _: {},
     should_stop: Callable[[], bool] = lambda: False,
     together: int = 1,
+    strategy: str = strategies.AUTO,
     extras: Sequence[str] = (),
     allow: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
@@ -74,8 +75,8 @@ def execute(
         progress: told of begins and ends.
         track: more callbacks for a run; see `cnnlab.training.trackers`.
         should_stop: see `loop.fit`.
-        together: how many runs of a cohort are trained at once, as one program; 0: all. They equal
-            their solo runs up to float rounding.
+        together: how many runs of a cohort are trained at once; 0: all.
+        strategy: how they are, see `cnnlab.training.strategies`; `auto` measures.
         extras: scores to measure after training, of `run.EXTRAS`.
         allow: findings about attacks that are accepted, of `checklist.CHECKS`.
 
@@ -112,7 +113,9 @@ def execute(
                 )
                 for run in group
             ]
-            results = run_lib.train(jobs, programs=programs, should_stop=should_stop)
+            results = run_lib.train(
+                jobs, programs=programs, should_stop=should_stop, strategy=strategy
+            )
             for run, result in zip(group, results, strict=True):
                 records[run.identity] = result
                 for same in cohort:

@@ -15,17 +15,21 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cnnlab import config as config_lib
-from cnnlab import record
+from cnnlab import parallel, record
 from cnnlab.checkpoint import Checkpoints
 from cnnlab.evaluation import scores
-from cnnlab.pipeline import Split, Steps, Stream
+from cnnlab.pipeline import Fed, Split, Steps, Stream
 from cnnlab.record import RunFolder
-from cnnlab.training import defence, optim
+from cnnlab.training import defence, optim, strategies
 from cnnlab.training.step import Program
-from cnnlab.types import CnnlabError, PyTree, TrainState
+from cnnlab.types import CnnlabError, Hyper, PyTree, TrainState
 
 # Metrics are read this many steps late, so that the host never waits for the newest step.
 LAG = 2
+
+# Several processes stop at one step. Agreeing on it makes all wait for the newest, so that they ask
+# each other at pauses and after so many steps only.
+ASK_EVERY = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +76,8 @@ class Note:
         waited: evaluations since then.
         seconds: training time so far; of runs trained together each has its share.
         together: how many runs were trained together, at most.
+        strategy: by which of `strategies.STRATEGIES`; empty before the first update.
+        figures: strategy -> seconds a run and update where that was measured to choose.
         code: the code and JAX versions that trained it, in order.
         data: fingerprint of the training split.
         overfitted: the first evaluation that found catastrophic overfitting (`defence.overfitted`).
@@ -83,6 +89,8 @@ class Note:
     waited: int = 0
     seconds: float = 0.0
     together: int = 1
+    strategy: str = ""
+    figures: dict[str, float | str] = dataclasses.field(default_factory=dict)
     code: list[str] = dataclasses.field(default_factory=list)
     data: str = ""
     overfitted: int | None = None
@@ -160,6 +168,8 @@ def fit(
     split: Split,
     *,
     should_stop: Callable[[], bool],
+    strategy: str = "vmap",
+    figures: Mapping[str, float | str] | None = None,
 ) -> list[Outcome]:
     """Trains runs from their latest checkpoint, or from the start, to the end, step by step.
 
@@ -170,7 +180,10 @@ def fit(
         members: the runs: of one program and, where they are several, of one `rhythm`.
         program: the compiled functions.
         split: the training split.
-        should_stop: asked after each update; when true, the runs are checkpointed and left.
+        should_stop: asked after each update; when true, the runs are checkpointed and left. Of
+            several processes, one is enough, within `ASK_EVERY` updates.
+        strategy: how several runs are trained, one of `strategies.STRATEGIES` but `sequential`.
+        figures: what `choose` measured, for the record.
 
     Raises:
         Interrupted: `should_stop` said so.
@@ -189,23 +202,27 @@ def fit(
         for name in ("log", "eval", "checkpoint")
     }
     together = len(members) > 1
-    if together:
-        state = program.stack([track.initial for track in tracks])
-        hyper = jax.tree.map(lambda *x: jnp.stack(x), *(track.hyper for track in tracks))
-        seed = jnp.array([member.config.seed for member in members], jnp.int32)
-        train_step = program.train_together
-    else:
-        state, hyper = tracks[0].initial, tracks[0].hyper
-        seed, train_step = jnp.int32(first.config.seed), program.train_step
+    if not together:
+        strategy = strategies.SEQUENTIAL
+    for track in tracks:
+        track.note.strategy = strategy
+        track.note.figures = dict(figures or track.note.figures)
+    ways = program.together(strategy) if together else None
+    feeding = split.feed(Steps([member.stream for member in members], step, steps))
+    state, seed, hyper = _stacked(tracks, program, ways)
+    train_step = ways.step if ways else program.train_step
     for track in tracks:
         del track.initial  # the update takes its buffers
 
-    def state_of(index: int) -> TrainState:
-        return program.member(state, index) if together else state
+    def following() -> Fed | None:
+        fed = next(feeding, None)
+        return ways.spread(fed) if ways and fed else fed
 
-    feeding = split.feed(Steps([member.stream for member in members], step, steps))
-    fed = next(feeding, None)
-    if fed is not None and not program.has_run(len(members)):
+    def state_of(index: int) -> TrainState:
+        return ways.member(state, index) if ways else state
+
+    fed = following()
+    if fed is not None and not program.has_run(strategy, len(members)):
         # The first update compiles: off the clock, thrown away.
         jax.block_until_ready(train_step(jax.tree.map(jnp.copy, state), fed, seed, hyper))
     unread: collections.deque[tuple[int, jax.Array]] = collections.deque()
@@ -235,14 +252,15 @@ def fit(
     while step < steps and active():
         state, packed = train_step(state, fed, seed, hyper)
         step += 1
-        fed = next(feeding, None)  # while the devices compute
+        fed = following()  # while the devices compute
         unread.append((step, packed))
         read(leave=LAG)
         for index in active():
             tracks[index].emit("step", step, functools.partial(state_of, index))
         last = step == steps
         happens = {name: last or due(step, every, **sizes) for name, every in periods.items()}
-        stopping = should_stop()
+        ask = last or any(happens.values()) or step % ASK_EVERY == 0
+        stopping = parallel.anywhere(should_stop(), ask=ask)
         lost = any(tracks[i].diverged is not None for i in active())
         if not (stopping or lost or any(happens.values())):
             continue
@@ -267,6 +285,59 @@ def fit(
     for member in members:
         member.checkpoints.wait()
     return [track.outcome for track in tracks if track.outcome is not None]
+
+
+def choose(
+    members: Sequence[Member], program: Program, split: Split
+) -> tuple[str, dict[str, float | str]]:
+    """How several runs are best trained: as they were so far, or by the fastest strategy.
+
+    The fastest is found by timing a few updates of each on these very runs, once a process for a
+    program and a number of runs; nothing of the updates is kept.
+
+    Returns:
+        One of `strategies.STRATEGIES`, and the seconds of each a run and update (or why it has
+        none); no figures where the runs go on.
+    """
+    tracks = [_Track(member, program, split, len(members)) for member in members]
+    if before := strategies.chosen_before([track.note.strategy for track in tracks]):
+        return before, {}
+    count, step = len(members), tracks[0].step
+    if count not in program.figures:
+        program.figures[count] = found = dict[str, float | str]()
+        streams = [member.stream for member in members]
+        for name in strategies.available(count, program.mesh.size):
+            alone = name == strategies.SEQUENTIAL
+            taken = tracks[:1] if alone else tracks
+            ways = None if alone else program.together(name)
+            fed = split.fed(Steps(streams[: len(taken)], step, step + 1)[0])
+            fed = ways.spread(fed) if ways else fed
+            state, seed, hyper = _stacked(taken, program, ways)
+            update = ways.step if ways else program.train_step
+            try:
+                seconds = strategies.measure(update, state, (fed, seed, hyper))
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                found[name] = "out of memory"
+            else:
+                found[name] = seconds / len(taken)
+                program.has_run(name, len(taken))
+    figures = parallel.from_first(lambda: program.figures[count])  # each has measured others
+    return strategies.fastest(figures), figures
+
+
+def _stacked(
+    tracks: Sequence[_Track], program: Program, ways: strategies.Together | None
+) -> tuple[TrainState, jax.Array, Hyper]:
+    """State, seed and numbers of a run (no `ways`), or of several with a leading axis."""
+    if ways is None:
+        (track,) = tracks
+        return track.initial, jnp.int32(track.member.config.seed), track.hyper
+    state = program.stack([track.initial for track in tracks])
+    hyper = jax.tree.map(lambda *x: jnp.stack(x), *(track.hyper for track in tracks))
+    seeds = jnp.array([track.member.config.seed for track in tracks], jnp.int32)
+    return ways.place(state), ways.place(seeds), ways.place(hyper)
 
 
 class _Track:

@@ -19,7 +19,7 @@ from cnnlab import config as config_lib
 from cnnlab import describe, encoding, faults, keys, parallel, pipeline, record
 from cnnlab.checkpoint import Checkpoints
 from cnnlab.evaluation import certification, checklist, chunks, corruption, robustness, scores
-from cnnlab.training import defence, loop, optim
+from cnnlab.training import defence, loop, optim, strategies
 from cnnlab.training.step import Program, Programs
 from cnnlab.types import CnnlabError, PyTree, Source, TrainState
 
@@ -73,6 +73,7 @@ def train(
     *,
     programs: Programs,
     should_stop: Callable[[], bool] = lambda: False,
+    strategy: str = strategies.AUTO,
 ) -> list[dict[str, Any]]:
     """Brings runs to their end, from wherever they were left, and returns their records.
 
@@ -84,6 +85,8 @@ def train(
         jobs: what to do.
         programs: shared by the runs of this process.
         should_stop: see `loop.fit`.
+        strategy: how several jobs are trained, one of `strategies.STRATEGIES`; `auto`: as they
+            were so far, or by the fastest, see `loop.choose`.
 
     Raises:
         CnnlabError: a folder is another run's, or something does not fit.
@@ -100,7 +103,12 @@ def train(
             if finished is not None:
                 results[job.path] = finished
                 continue
-            stream = make_stream(job.config, load_split(job.config, "train"))
+            split = load_split(job.config, "train")
+            parallel.require_same(
+                "the config, the training images and the code",
+                f"{config_lib.identity(job.config)} {split.fingerprint} {record.version_text()}",
+            )
+            stream = make_stream(job.config, split)
             checkpoints = stack.enter_context(_checkpoints(job.config, folder))
             member = loop.Member(job.config, stream, folder, checkpoints, job.callbacks)
             members[job.path] = member
@@ -110,22 +118,51 @@ def train(
             split = load_split(config, "train")
             program = programs.get(config, split.info, config_lib.program(config))
             with _explained(config):
-                outcomes = loop.fit(
-                    [members[job.path] for job in wave], program, split, should_stop=should_stop
-                )
-                for job, outcome in zip(wave, outcomes, strict=True):
-                    member = members[job.path]
-                    state, best_step = outcome.state, outcome.note.best_step
-                    if (
-                        outcome.diverged_step is None
-                        and job.config.train.keep == "best"
-                        and best_step
-                    ):
-                        state, _ = member.checkpoints.restore(state, best_step)
-                    result = _result(job, program, split, member, outcome, state)
-                    member.folder.finish(result)
-                    results[job.path] = result
+                for job, outcome in _fitted(wave, members, program, split, strategy, should_stop):
+                    results[job.path] = _finish(job, members[job.path], outcome, program, split)
     return [results[job.path] for job in jobs]
+
+
+def _fitted(
+    wave: Sequence[Job],
+    members: Mapping[Path, loop.Member],
+    program: Program,
+    split: pipeline.Split,
+    strategy: str,
+    should_stop: Callable[[], bool],
+) -> Iterator[tuple[Job, loop.Outcome]]:
+    """Trains runs of one rhythm, together or one after another, each until its end."""
+    of_wave, figures = [members[job.path] for job in wave], None
+    if len(wave) > 1:
+        if strategy == strategies.AUTO:
+            strategy, figures = loop.choose(of_wave, program, split)
+        strategies.check(strategy, len(wave), program.mesh.size)
+    size = 1 if strategy == strategies.SEQUENTIAL else len(wave)
+    for start in range(0, len(wave), size):
+        outcomes = loop.fit(
+            of_wave[start : start + size],
+            program,
+            split,
+            should_stop=should_stop,
+            strategy=strategy,
+            figures=figures,
+        )
+        yield from zip(wave[start : start + size], outcomes, strict=True)
+
+
+def _finish(
+    job: Job, member: loop.Member, outcome: loop.Outcome, program: Program, split: pipeline.Split
+) -> dict[str, Any]:
+    """Scores what a run's training came to and writes its record."""
+    state, best_step = outcome.state, outcome.note.best_step
+    if outcome.diverged_step is None and job.config.train.keep == "best" and best_step:
+        state, _ = member.checkpoints.restore(state, best_step)
+    result = _result(job, program, split, member, outcome, state)
+    step = int(outcome.state.step)
+    for callback in job.callbacks.get("finish", ()):
+        callback(loop.Event("finish", step, step, {}, lambda: state))
+    member.folder.finish(result)
+    return result
 
 
 @contextlib.contextmanager
@@ -477,6 +514,8 @@ def _result(
             "seconds": outcome.note.seconds,
             "images_per_second": examples / outcome.note.seconds if outcome.note.seconds else 0.0,
             "together": outcome.note.together,
+            "strategy": outcome.note.strategy,
+            **({"strategies": outcome.note.figures} if outcome.note.figures else {}),
             "steps": steps,
             "examples": examples,
         },

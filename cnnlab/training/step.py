@@ -23,7 +23,7 @@ from cnnlab import attacks, augment, backend, keys, layers, models, parallel, re
 from cnnlab import config as config_lib
 from cnnlab.evaluation import robustness
 from cnnlab.pipeline import Fed
-from cnnlab.training import defence, optim
+from cnnlab.training import defence, optim, strategies
 from cnnlab.types import (
     Batch,
     CnnlabError,
@@ -50,10 +50,8 @@ class Program:
         train_step: (state, fed, seed, hyper) -> (state, metrics); `fed` (`pipeline.Fed`) gives the
             batch, metrics are [M, 2] float32, the (sum, count) of each of `metric_names`. Donates
             `state`.
-        train_together: the same for several runs: state, what tells their batches, seed, hyper and
-            metrics have a leading axis.
+        together: strategy -> the same for several runs; see `strategies`.
         stack: states -> one state with a leading axis.
-        member: (that state, index) -> the state of one.
         logits: (params, batch_stats, fed) -> [E, K] float32, in evaluation mode.
         logits_of: ((params, batch_stats), images [B, H, W, C] in [0, 1]) -> [B, K] float32, in
             evaluation mode; not compiled: attacks differentiate and compile it.
@@ -62,27 +60,28 @@ class Program:
             `stronger`; see `defence`.
         metric_names: the rows of the metrics of `train_step`; known once it has been traced.
         traces: how often `train_step` has been traced; 1 however many runs share the program.
-        compiled: of how many runs at once there are compiled updates.
+        compiled: by which strategy, and of how many runs at once, there are compiled updates.
+        figures: of how many runs at once `strategies` were measured, and what was found.
     """
 
     module: nn.Module
     mesh: Mesh
     init: Callable[[int, Hyper], TrainState]
     train_step: Callable[..., tuple[TrainState, jax.Array]]
-    train_together: Callable[..., tuple[TrainState, jax.Array]]
+    together: Callable[[str], strategies.Together]
     stack: Callable[[Sequence[TrainState]], TrainState]
-    member: Callable[[TrainState, int], TrainState]
     logits: Callable[..., jax.Array]
     logits_of: Callable[[PyTree, jax.Array], jax.Array]
     attacked: dict[str, Callable[..., jax.Array]]
     metric_names: tuple[str, ...] = ()
     traces: int = 0
-    compiled: set[int] = dataclasses.field(default_factory=set)
+    compiled: set[tuple[str, int]] = dataclasses.field(default_factory=set)
+    figures: dict[int, dict[str, float | str]] = dataclasses.field(default_factory=dict)
 
-    def has_run(self, members: int) -> bool:
-        """Whether an update of so many runs was made before; from now on it counts as made."""
-        known = members in self.compiled
-        self.compiled.add(members)
+    def has_run(self, strategy: str, members: int) -> bool:
+        """Whether such an update was made before; from now on it counts as made."""
+        known = (strategy, members) in self.compiled
+        self.compiled.add((strategy, members))
         return known
 
 
@@ -122,9 +121,11 @@ def make_program(config: ConfigDict, info: DatasetInfo) -> Program:
         return (images - mean[None, None, None]) / std[None, None, None]
 
     def pixels(fed: Fed) -> jax.Array:
-        images = fed.images
-        if fed.indices is not None:
-            images = images[jax.lax.with_sharding_constraint(fed.indices, split)]
+        images, indices = fed.images, fed.indices
+        if indices is not None:
+            if mesh.size > 1:
+                indices = jax.lax.with_sharding_constraint(indices, split)
+            images = images[indices]
         return images.astype(jnp.float32) / 255
 
     def labels_of(fed: Fed) -> jax.Array:
@@ -328,12 +329,6 @@ def make_program(config: ConfigDict, info: DatasetInfo) -> Program:
             measured |= {f"clean/{k}": v for k, v in task.metrics(clean, batch).items()}
         return gradients, moved, kept, measured
 
-    def together(
-        states: TrainState, fed: Fed, seeds: jax.Array, hypers: Hyper
-    ) -> tuple[TrainState, jax.Array]:
-        shared = Fed(None, None, 0) if fed.indices is not None else Fed(0, 0, None)  # type: ignore[arg-type]
-        return jax.vmap(train_step, in_axes=(0, shared, 0, 0))(states, fed, seeds, hypers)
-
     def logits(params: PyTree, batch_stats: PyTree, fed: Fed) -> jax.Array:
         return logits_of((params, batch_stats), pixels(fed))
 
@@ -381,13 +376,11 @@ def make_program(config: ConfigDict, info: DatasetInfo) -> Program:
         mesh=mesh,
         init=init,
         train_step=backend.jit(train_step, donate_argnums=0, out_shardings=everywhere),
-        train_together=backend.jit(together, donate_argnums=0, out_shardings=everywhere),
+        together=functools.cache(
+            lambda strategy: strategies.combine(strategy, train_step, everywhere)
+        ),
         stack=jax.jit(
             lambda states: jax.tree.map(lambda *x: jnp.stack(x), *states), out_shardings=everywhere
-        ),
-        member=jax.jit(
-            lambda states, index: jax.tree.map(lambda x: x[index], states),
-            out_shardings=everywhere,
         ),
         logits=backend.jit(logits, out_shardings=everywhere),
         logits_of=logits_of,

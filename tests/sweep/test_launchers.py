@@ -277,7 +277,11 @@ def test_a_worker_gets_its_share_of_the_accelerators():
         (("--lease-seconds", "0"), "positive number of seconds"),
     ],
 )
-def test_a_mistake_is_told_before_anything_starts(sequential, tmp_path, capsys, words, message):
+def test_a_mistake_is_told_before_anything_starts(
+    sequential, tmp_path, monkeypatch, capsys, words, message
+):
+    # Or submitit, when it is imported, closes the log handlers of all, and pytest's streams.
+    monkeypatch.setenv("SUBMITIT_LOG_LEVEL", "NOCONFIG")
     places = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
     assert cli.main(["sweep", str(sequential / FILE), *places, *words]) == 2
     error = capsys.readouterr().err

@@ -63,7 +63,7 @@ def test_a_streamed_run_goes_on_in_the_middle_of_an_epoch(tmp_path, resident, mo
 def test_streamed_runs_train_together(tmp_path, resident, monkeypatch):
     monkeypatch.setenv(pipeline.RESIDENT, "0")
     jobs = [job(tmp_path / str(seed), seed) for seed in (0, 1)]
-    first, second = run.train(jobs, programs=PROGRAMS)
+    first, second = run.train(jobs, programs=PROGRAMS, strategy="vmap")
     assert first["cost"]["together"] == 2
     assert first["scores"]["test"]["nll"] == pytest.approx(
         resident["scores"]["test"]["nll"], rel=1e-3

@@ -2,12 +2,14 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
 from cnnlab import config
-from cnnlab.training import loop, run
+from cnnlab.training import loop, run, strategies
 from cnnlab.training.step import Programs
+from cnnlab.types import CnnlabError
 
 PROGRAMS = Programs()
 
@@ -52,17 +54,15 @@ def alone(tmp_path_factory):
     ]
 
 
-@pytest.fixture(scope="module")
-def together(tmp_path_factory):
-    return run.train(jobs(tmp_path_factory.mktemp("together")), programs=PROGRAMS)
-
-
-def test_every_run_equals_its_solo_run(alone, together):
+@pytest.mark.parametrize("strategy", ["vmap", "map", "unrolled"])
+def test_every_run_equals_its_solo_run(alone, strategy, tmp_path):
+    together = run.train(jobs(tmp_path), programs=PROGRAMS, strategy=strategy)
     assert [r["status"] for r in together] == ["done", "done", "done", "diverged", "done"]
     for solo, one in zip(alone, together, strict=True):
         assert one["diverged_step"] == solo["diverged_step"]
         assert one["cost"]["steps"] == solo["cost"]["steps"]
         assert (solo["cost"]["together"], one["cost"]["together"]) == (1, 5)
+        assert (solo["cost"]["strategy"], one["cost"]["strategy"]) == ("sequential", strategy)
         for line, expected in zip(one["curves"], solo["curves"], strict=True):
             assert line.keys() == expected.keys()
             assert np.allclose(list(line.values()), list(expected.values()), rtol=1e-3, atol=1e-4)
@@ -77,9 +77,9 @@ def test_runs_that_were_stopped_together_end_with_the_same_bits(tmp_path):
         asked.append(1)
         return len(asked) == 7
 
-    whole = run.train(jobs(tmp_path / "whole")[:2], programs=PROGRAMS)
+    whole = run.train(jobs(tmp_path / "whole")[:2], programs=PROGRAMS, strategy="vmap")
     with pytest.raises(loop.Interrupted):
-        run.train(jobs(tmp_path / "cut")[:2], programs=PROGRAMS, should_stop=stop)
+        run.train(jobs(tmp_path / "cut")[:2], programs=PROGRAMS, should_stop=stop, strategy="vmap")
     cut = run.train(jobs(tmp_path / "cut")[:2], programs=PROGRAMS)
     for one, expected in zip(cut, whole, strict=True):
         assert one["parameters_sha256"] == expected["parameters_sha256"]
@@ -92,3 +92,57 @@ def test_runs_of_different_rhythm_go_in_waves(tmp_path):
     first, second = run.train([job(tmp_path / "a", 0), longer], programs=PROGRAMS)
     assert (first["cost"]["steps"], second["cost"]["steps"]) == (12, 16)
     assert first["cost"]["together"] == second["cost"]["together"] == 1
+
+
+def test_one_run_on_each_device_is_the_solo_run(tmp_path, monkeypatch):
+    alone = run.train([job(tmp_path / "alone", 5)], programs=PROGRAMS)[0]
+    for name, limit in (("resident", "1"), ("streamed", "0")):
+        monkeypatch.setenv("CNNLAB_RESIDENT", limit)
+        eight = [job(tmp_path / name / str(seed), seed) for seed in range(8)]
+        found = run.train(eight, programs=PROGRAMS, strategy="devices")
+        assert {r["cost"]["strategy"] for r in found} == {"devices"}
+        # The very update of a solo run, so the same to the bit on the same kind of device.
+        assert found[5]["parameters_sha256"] == alone["parameters_sha256"]
+        assert found[5]["scores"] == alone["scores"]
+
+
+def test_devices_that_the_runs_do_not_fill_are_told(tmp_path):
+    three = [job(tmp_path / str(seed), seed) for seed in range(3)]
+    with pytest.raises(CnnlabError, match=r"a multiple of the 8 devices .* got 3 on 1"):
+        run.train(three, programs=PROGRAMS, strategy="devices")
+
+
+def test_the_fastest_strategy_is_chosen_kept_and_recorded(tmp_path, monkeypatch):
+    figures = {"sequential": 3.0, "vmap": 2.0, "map": 1.0, "unrolled": 4.0}
+    seen = []
+
+    def measure(update, state, rest):
+        seen.append(jax.tree.leaves(state.step)[0].ndim)
+        return figures[list(figures)[len(seen) - 1]] * (1 if len(seen) == 1 else 2)
+
+    monkeypatch.setattr(strategies, "measure", measure)
+    asked = []
+
+    def stop():
+        asked.append(1)
+        return len(asked) == 7
+
+    two = jobs(tmp_path)[:2]
+    programs = Programs()
+    with pytest.raises(loop.Interrupted):
+        run.train(two, programs=programs, should_stop=stop)
+    assert seen == [0, 1, 1, 1]
+    figures["map"] = 100.0  # runs that go on are not measured again
+    for one in run.train(two, programs=programs):
+        assert one["cost"]["strategy"] == "map"
+        assert one["cost"]["strategies"] == figures | {"map": 1.0}
+
+
+def test_where_nothing_beats_one_after_another_the_runs_are_solo_runs(tmp_path, monkeypatch, alone):
+    monkeypatch.setattr(strategies, "fastest", lambda figures: "sequential")
+    found = run.train(jobs(tmp_path)[:2], programs=PROGRAMS)
+    for one, solo in zip(found, alone, strict=False):
+        assert one["parameters_sha256"] == solo["parameters_sha256"]
+        assert (one["cost"]["together"], one["cost"]["strategy"]) == (1, "sequential")
+        assert set(one["cost"]["strategies"]) == {"sequential", "vmap", "map", "unrolled"}
+        assert min(one["cost"]["strategies"].values()) > 0
