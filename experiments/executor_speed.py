@@ -2,8 +2,8 @@
 
     cnnlab table experiments/executor_speed.py
 
-About fifteen minutes on two CPU cores, most of it ResNet-20 and compilation; `--rows 'LeNet*'` takes
-two. Each contender makes one update of every seed at batch 128, by the very function that
+About fifteen minutes on two CPU cores, most of it ResNet-20 and compilation; `--rows 'LeNet*'`
+takes two. Each contender makes one update of every seed at batch 128, by the very function that
 `cnnlab table --together N --strategy NAME` runs; the ratio is that of one after another to each
 other strategy. `devices` needs several devices and is left out.
 """
