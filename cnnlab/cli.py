@@ -219,6 +219,7 @@ def _parser() -> argparse.ArgumentParser:
             help="also log to wandb or mlflow, which may fail without harm; repeatable",
         )
         command.add_argument("--wandb", metavar="PROJECT", help="short for --tracker wandb:PROJECT")
+        _add_processes(command)
     train.add_argument("--folder", type=Path, metavar="DIR", help="instead of one under --runs")
     train.epilog = "Any setting: --config.SECTION.KEY=VALUE, as in --config.optim.learning_rate=0.3"
 
@@ -394,6 +395,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_processes(command: argparse.ArgumentParser) -> None:
+    several = command.add_argument_group(
+        "several machines", "the same command on each, with a folder of runs that all of them see"
+    )
+    several.add_argument(
+        "--distributed",
+        action="store_true",
+        help="find the others: on a TPU slice, under Slurm or Open MPI",
+    )
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="or: where process 0 listens")
+    several.add_argument("--num-processes", type=int, metavar="N", help="how many there are")
+    several.add_argument("--process-id", type=int, metavar="I", help="which this is, from 0")
+
+
 def _add_sweep(sweep: argparse.ArgumentParser) -> None:
     sweep.add_argument("file", type=Path, help="a file of experiments/")
     sweep.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="only these rows")
@@ -410,6 +425,7 @@ def _add_sweep(sweep: argparse.ArgumentParser) -> None:
     sweep.add_argument(
         "--together", type=int, default=1, metavar="N", help="as of `cnnlab table`, by a worker"
     )
+    sweep.add_argument("--strategy", default="auto", metavar="NAME", help="as of `cnnlab table`")
     sweep.add_argument(
         "--store",
         default="",
@@ -488,6 +504,22 @@ def _start_jax() -> None:
 
     backend.keep_heap()
     backend.keep_programs()
+
+
+def _join(options: argparse.Namespace) -> None:
+    """Joins the processes of several machines, of which the first alone speaks."""
+    if options.distributed or options.coordinator:
+        _start_jax()  # before JAX has threads
+    from cnnlab import parallel
+
+    parallel.start(
+        options.coordinator,
+        options.num_processes,
+        options.process_id,
+        automatic=options.distributed,
+    )
+    if not parallel.is_first():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
 
 
 class _Stop:
@@ -612,7 +644,11 @@ def _tracker(options: argparse.Namespace) -> Callable[[Any], Any]:
     if not asked:
         return lambda run: {}
     from cnnlab import config as config_lib
+    from cnnlab import parallel
     from cnnlab.training import trackers
+
+    if not parallel.is_first():
+        return lambda run: {}
 
     def track(run: Any) -> Any:
         about = {
@@ -626,11 +662,15 @@ def _tracker(options: argparse.Namespace) -> Callable[[Any], Any]:
 
 
 def _table(options: argparse.Namespace, changes: dict[str, str]) -> int:
+    _join(options)
+    from cnnlab import parallel
     from cnnlab.sweep import benchmark, experiment
     from cnnlab.types import CnnlabError
 
     module, made = experiment.read(options.file)
     if isinstance(made, benchmark.Benchmark):
+        if parallel.several():
+            raise CnnlabError("a benchmark times one machine: give the command on one alone")
         return _times(options, module, made)
     if options.without:
         raise CnnlabError("--without is for benchmarks: only they have contenders")
@@ -652,8 +692,8 @@ def _table(options: argparse.Namespace, changes: dict[str, str]) -> int:
         if options.dry_run:
             results.print_plan(console, executor.plan(chosen, options.runs, programs))
             return 0
-        faults.require_writable(options.results, "--results")
-        faults.require_writable(options.runs, "--runs")
+        parallel.from_first(lambda: faults.require_writable(options.results, "--results"))
+        parallel.from_first(lambda: faults.require_writable(options.runs, "--runs"))
         try:
             with (
                 options.stop.gently(console.print) as stop,
@@ -673,8 +713,9 @@ def _table(options: argparse.Namespace, changes: dict[str, str]) -> int:
                 )
         except loop.Interrupted:
             return _complain("interrupted; the same command goes on where it was", stop.code)
-        records = _finished(options, loaded)
-    _write_table(console, loaded, records, folder)
+        records = parallel.from_first(lambda: _finished(options, loaded))
+    # The others wait: who leaves early would be missed.
+    parallel.from_first(lambda: _write_table(console, loaded, records, folder))
     return 0
 
 
@@ -728,6 +769,7 @@ def _sweep(options: argparse.Namespace, changes: dict[str, str]) -> int:
         tuple(options.rows),
         tuple(_numbers(options.seeds)),
         options.together,
+        options.strategy,
         options.lease_seconds,
         store if "://" in store or not store else str(Path(store).absolute()),
     )
@@ -847,6 +889,7 @@ def _times(options: argparse.Namespace, module: Any, made: Any) -> int:
 
 def _train(options: argparse.Namespace, changes: dict[str, str]) -> int:
     _start_jax()
+    _join(options)
     from cnnlab import config as config_lib
     from cnnlab.sweep import experiment, results
     from cnnlab.sweep.progress import LiveProgress

@@ -57,8 +57,7 @@ def start(
     Raises:
         CnnlabError: the arguments do not fit, or the others can't be found or reached.
     """
-    given = (coordinator, num_processes, process_id)
-    if all(value is None for value in given):
+    if coordinator is None and num_processes is None and process_id is None:
         if automatic or len(os.environ.get(TPU_HOSTS, "").split(",")) > 1:
             _initialize(timeout)
         return
@@ -79,7 +78,7 @@ def start(
         )
     if process_id:
         _await(host.strip("[]"), int(port), timeout)
-    _initialize(timeout, *given)
+    _initialize(timeout, coordinator, num_processes, process_id)
 
 
 def _await(host: str, port: int, timeout: float) -> None:
@@ -98,19 +97,26 @@ def _await(host: str, port: int, timeout: float) -> None:
         time.sleep(min(1.0, timeout))
 
 
-def _initialize(timeout: int, *given: str | int | None) -> None:
+def _initialize(
+    timeout: int,
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+) -> None:
     try:
         jax.distributed.initialize(
-            *given,  # type: ignore[arg-type]
+            coordinator,
+            num_processes,
+            process_id,
             initialization_timeout=timeout,
             shutdown_timeout_seconds=_LEAVE_WITHIN,
         )
     except (RuntimeError, ValueError) as error:
-        wanted = given or "what Slurm, Open MPI or a TPU slice tell in the environment"
+        where = f"at {coordinator}" if coordinator else "by what Slurm, Open MPI or a TPU tells"
         raise CnnlabError(
-            f"the processes did not find each other by {wanted}: {str(error).strip()[:500]}. Start "
-            "the same command in all of them, or give --coordinator, --num-processes and "
-            "--process-id"
+            f"the processes did not find each other {where}: {str(error).strip()[:500]}. Start "
+            "the same command on all machines; --coordinator, --num-processes and --process-id "
+            "say who they are"
         ) from error
 
 
@@ -207,7 +213,7 @@ def make_mesh(devices: int) -> Mesh:
     if several() and devices not in (0, available):
         raise CnnlabError(
             f"parallel.devices: expected 0 or all {available} of the {jax.process_count()} "
-            f"processes, got {devices}"
+            f"processes, got {devices}; 0 takes all"
         )
     if devices > available:
         raise CnnlabError(

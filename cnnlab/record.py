@@ -23,6 +23,7 @@ line that a kill cut short is dropped when the run goes on.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import functools
 import hashlib
@@ -33,6 +34,7 @@ import platform
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -43,7 +45,7 @@ import numpy as np
 import cnnlab
 from cnnlab import backend, parallel
 from cnnlab import config as config_lib
-from cnnlab.types import CnnlabError, PyTree, Record
+from cnnlab.types import CnnlabError, CnnlabWarning, PyTree, Record
 
 SCHEMA = 1
 
@@ -277,6 +279,16 @@ def _lock(path: Path) -> BinaryIO:
         raise CnnlabError(
             f"{path.parent}: {holder} works on this run; wait for it, or end it first"
         ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
+            file.close()
+            raise
+        warnings.warn(
+            f"{path.parent}: this file system has no locks, so nothing keeps another process from "
+            "this run but the leases of `cnnlab sweep`",
+            CnnlabWarning,
+            stacklevel=2,
+        )
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()}".encode())
     file.flush()

@@ -1,5 +1,6 @@
 """What a run leaves behind, and that it is written whole."""
 
+import errno
 import json
 import os
 import struct
@@ -9,7 +10,7 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from cnnlab import config, record
-from cnnlab.types import CnnlabError
+from cnnlab.types import CnnlabError, CnnlabWarning
 
 
 @pytest.fixture
@@ -148,3 +149,15 @@ def test_the_code_version_names_the_sources():
     assert version["version"] == "0.1.0"
     assert len(version["digest"]) == 12
     assert version["commit"] is None or len(version["commit"]) >= 7
+
+
+def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch):
+    def none(*_):
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(record.fcntl, "flock", none)
+    with (
+        pytest.warns(CnnlabWarning, match="has no locks"),
+        record.RunFolder(tmp_path / "run", config.base()),
+    ):
+        pass

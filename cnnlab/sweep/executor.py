@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from cnnlab import augment, record
+from cnnlab import augment, parallel, record
 from cnnlab import config as config_lib
 from cnnlab.sweep.experiment import Run
 from cnnlab.training import loop, optim, strategies, trackers
@@ -94,9 +94,7 @@ def execute(
         else:
             records[run.identity] = result
             progress.end(run, result)
-    for cohort in waiting.values():
-        for run in cohort:
-            _check(run, programs, first=run is cohort[0])
+    check([run for cohort in waiting.values() for run in cohort], programs)
     for cohort in waiting.values():
         by_identity: dict[str, Run] = {}
         for run in cohort:
@@ -125,9 +123,22 @@ def execute(
         for run in runs:
             folder = runs_folder / run.folder
             records[run.identity] = run_lib.extend(folder, extras, programs, allow=allow)
-            if should_stop():
+            if parallel.anywhere(should_stop()):
                 raise loop.Interrupted
     return [records[run.identity] | {"row": run.row} for run in runs]
+
+
+def check(runs: Sequence[Run], programs: Programs) -> None:
+    """Finds at once what would fail hours later; each program is traced once.
+
+    Raises:
+        CnnlabError: a run's data, durations or model do not fit; the message names its row.
+    """
+    seen: set[str] = set()
+    for run in runs:
+        key = config_lib.program(run.config)
+        _check(run, programs, first=key not in seen)
+        seen.add(key)
 
 
 def _check(run: Run, programs: Programs, *, first: bool) -> None:

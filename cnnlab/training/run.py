@@ -157,7 +157,8 @@ def _finish(
     state, best_step = outcome.state, outcome.note.best_step
     if outcome.diverged_step is None and job.config.train.keep == "best" and best_step:
         state, _ = member.checkpoints.restore(state, best_step)
-    result = _result(job, program, split, member, outcome, state)
+    found = _result(job, program, split, member, outcome, state)
+    result = parallel.from_first(lambda: found)  # whose clock counts
     step = int(outcome.state.step)
     for callback in job.callbacks.get("finish", ()):
         callback(loop.Event("finish", step, step, {}, lambda: state))
@@ -204,6 +205,7 @@ def extend(
         if name in result["scores"]:
             _require(result["scores"][name].get("findings", ()), allow)
             continue
+        _require_one_process(name)
         place = path / "chunks" / hashlib.sha256(name.encode()).hexdigest()[:16]
         measured = _measured(name, path, place, programs, restored, allow)
         with record.RunFolder(path, _config(path)) as folder:
@@ -212,6 +214,15 @@ def extend(
             folder.finish(result)
             chunks.clear(place)
     return result
+
+
+def _require_one_process(name: str) -> None:
+    """Attacks and corruptions keep chunks in files, which only one process can do as it is."""
+    if parallel.several():
+        raise CnnlabError(
+            f"{name}: scores beside those of training are measured by one process; the run is "
+            "trained, so give the same command, without the options for several machines, on one"
+        )
 
 
 def _measured(

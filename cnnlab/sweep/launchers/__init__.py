@@ -33,7 +33,7 @@ from cnnlab import record
 from cnnlab.sweep import executor, experiment, leases
 from cnnlab.sweep.experiment import Loaded, Run
 from cnnlab.sweep.progress import LiveProgress
-from cnnlab.training import loop
+from cnnlab.training import loop, strategies
 from cnnlab.training.step import Programs
 
 LAUNCHERS = ("local", "ray", "slurm")
@@ -60,6 +60,7 @@ class Work:
         rows: only these rows; all if empty.
         seeds: only these seeds; all if empty.
         together: how many runs of a cohort a worker trains at once, as one program; 0: all it gets.
+        strategy: how they are trained then; see `cnnlab.training.strategies`.
         lease_seconds: after how long without a heartbeat a worker counts as dead.
         store: where finished runs and leases lie if not in `runs`: a folder, or an address of
             object storage such as `gs://bucket/folder`. Unfinished runs stay where they train.
@@ -70,6 +71,7 @@ class Work:
     rows: tuple[str, ...] = ()
     seeds: tuple[int, ...] = ()
     together: int = 1
+    strategy: str = strategies.AUTO
     lease_seconds: float = leases.SECONDS
     store: str = ""
 
@@ -179,6 +181,7 @@ def work(
                             track=functools.partial(_guards, by_run, journal),
                             should_stop=should_stop,
                             together=task.together,
+                            strategy=task.strategy,
                             extras=loaded.extras,
                             allow=loaded.allow,
                         )

@@ -123,6 +123,7 @@ def command(task: Work) -> list[str]:
     """What starts a worker, but for which one it is."""
     words = [sys.executable, "-m", "cnnlab.cli", "sweep", str(task.file)]
     words += ["--runs", str(task.runs), "--together", str(task.together)]
+    words += ["--strategy", task.strategy]
     words += ["--lease-seconds", str(task.lease_seconds)]
     if task.store:
         words += ["--store", task.store]
