@@ -58,6 +58,12 @@ cluster.shutdown()
 FOUR = ("--rows", "narrow 0.1", "wide 0.1")
 
 
+CLUSTERS = pytest.mark.skipif(
+    not os.environ.get("CNNLAB_CLUSTERS"),
+    reason="starts a cluster for some minutes: CNNLAB_CLUSTERS=1 runs it",
+)
+
+
 @pytest.fixture(scope="module")
 def sequential(tmp_path_factory):
     """A folder with the experiment, its twelve runs done one after another, and two tables."""
@@ -202,6 +208,7 @@ def test_finished_runs_lie_in_the_store_and_come_back_from_it(sequential, tmp_pa
     }
 
 
+@CLUSTERS
 def test_a_ray_cluster_loses_a_node_midway(sequential, tmp_path):
     pytest.importorskip("ray")
     with subprocess.Popen(
@@ -231,6 +238,7 @@ def parent(process):
         return 0
 
 
+@CLUSTERS
 def test_a_slurm_job_is_preempted_midway_and_requeued(sequential, tmp_path):
     pytest.importorskip("submitit")
     settings = ("--launcher", "slurm", "--slurm", "cluster=local", "timeout_min=5")
