@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 LISTS = ("models", "data", "augment", "attacks", "tasks", "configs", "experiments", "runs")
 
+STRATEGIES = ("auto", "sequential", "vmap", "map", "unrolled", "devices")
+"""Those of `cnnlab.training.strategies`, which imports JAX; a test compares them."""
+
 ENVIRONMENT = {
     "data_dir": "CNNLAB_DATA",
     "resident": "CNNLAB_RESIDENT",
@@ -200,7 +203,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     table.add_argument(
         "--strategy",
-        choices=("auto", "sequential", "vmap", "map", "unrolled", "devices"),
+        choices=STRATEGIES,
         default="auto",
         help="how --together trains them; auto, the default, measures and records what is fastest; "
         "name one to repeat a table to the bit",
@@ -425,7 +428,9 @@ def _add_sweep(sweep: argparse.ArgumentParser) -> None:
     sweep.add_argument(
         "--together", type=int, default=1, metavar="N", help="as of `cnnlab table`, by a worker"
     )
-    sweep.add_argument("--strategy", default="auto", metavar="NAME", help="as of `cnnlab table`")
+    sweep.add_argument(
+        "--strategy", choices=STRATEGIES, default="auto", help="as of `cnnlab table`"
+    )
     sweep.add_argument(
         "--store",
         default="",

@@ -226,9 +226,14 @@ def make_mesh(devices: int) -> Mesh:
     )
 
 
-def replicas() -> Mesh:
-    """A mesh of all this process's devices along the axis `replica`: one run (or more) on each."""
-    devices = jax.local_devices()
+def replicas(runs: int) -> Mesh:
+    """A mesh of this process's devices along the axis `replica`, equally many of `runs` on each.
+
+    It has as many devices as that allows.
+    """
+    available = jax.local_devices()
+    count = max(n for n in range(1, len(available) + 1) if runs % n == 0)
+    devices = available[:count]
     return jax.make_mesh(
         (len(devices),), ("replica",), axis_types=(AxisType.Auto,), devices=devices
     )

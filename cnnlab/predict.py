@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from cnnlab.data import _imagenet
+from cnnlab.data._decoding import flattened
 from cnnlab.types import CnnlabError
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def read_image(
         raise CnnlabError(f"images have 1 or 3 channels, but the network takes {channels}")
     try:
         with Image.open(path) as opened:
-            image = _flattened(ImageOps.exif_transpose(opened), "RGB" if channels == 3 else "L")
+            image = flattened(ImageOps.exif_transpose(opened), "RGB" if channels == 3 else "L")
     # A file that is damaged within: Pillow's decoders raise each of these.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise CnnlabError(f"cannot read the image {path}: {error}") from error
@@ -87,19 +88,6 @@ def read_image(
     square = image.crop((left, top, left + side, top + side))
     pixels = np.asarray(square.resize((width, height), _FILTERS[interpolation]), np.float32) / 255
     return pixels.reshape(height, width, channels)
-
-
-def _flattened(image: Image.Image, mode: str) -> Image.Image:
-    """8-bit RGB or grey, without transparency."""
-    if image.mode == "F":
-        raise ValueError("its pixels are floating-point numbers of no known range")
-    if image.mode.startswith("I"):  # 16-bit grey, which `convert` would cut off at 255
-        grey = np.asarray(image).astype(np.float64).clip(0, 65535) / 257
-        image = Image.fromarray(grey.round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert(mode)
 
 
 def logits(classify: Callable[[np.ndarray], jax.Array], images: Iterable[np.ndarray]) -> np.ndarray:

@@ -55,7 +55,7 @@ def updates(case: Case, *, strategy: str) -> Workload | None:
                 jax.block_until_ready(packed)
 
     else:
-        ways = program.together(strategy)
+        ways = program.together(strategy, seeds)
         fed = ways.spread(split.fed(np.stack(indices)))
         state = ways.place(program.stack(states))
         hypers = ways.place(jax.tree.map(lambda x: jnp.stack([x] * seeds), hyper))

@@ -132,7 +132,12 @@ def flattened(image: Image.Image, mode: str) -> Image.Image:
     Args:
         image: loaded, of any mode that the supported formats have.
         mode: `"RGB"` or `"L"`.
+
+    Raises:
+        ValueError: its pixels are floating-point numbers.
     """
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers of no known range")
     if image.mode == mode and "transparency" not in image.info:
         return image
     if image.mode.startswith("I"):  # 16-bit grey, which `convert` would cut off at 255

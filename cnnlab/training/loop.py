@@ -207,7 +207,7 @@ def fit(
     for track in tracks:
         track.note.strategy = strategy
         track.note.figures = dict(figures or track.note.figures)
-    ways = program.together(strategy) if together else None
+    ways = program.together(strategy, len(members)) if together else None
     feeding = split.feed(Steps([member.stream for member in members], step, steps))
     state, seed, hyper = _stacked(tracks, program, ways)
     train_step = ways.step if ways else program.train_step
@@ -309,7 +309,7 @@ def choose(
         for name in strategies.available(count, program.mesh.size):
             alone = name == strategies.SEQUENTIAL
             taken = tracks[:1] if alone else tracks
-            ways = None if alone else program.together(name)
+            ways = None if alone else program.together(name, count)
             fed = split.fed(Steps(streams[: len(taken)], step, step + 1)[0])
             fed = ways.spread(fed) if ways else fed
             state, seed, hyper = _stacked(taken, program, ways)

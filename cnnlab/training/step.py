@@ -50,7 +50,7 @@ class Program:
         train_step: (state, fed, seed, hyper) -> (state, metrics); `fed` (`pipeline.Fed`) gives the
             batch, metrics are [M, 2] float32, the (sum, count) of each of `metric_names`. Donates
             `state`.
-        together: strategy -> the same for several runs; see `strategies`.
+        together: (strategy, how many) -> the same for several runs; see `strategies`.
         stack: states -> one state with a leading axis.
         logits: (params, batch_stats, fed) -> [E, K] float32, in evaluation mode.
         logits_of: ((params, batch_stats), images [B, H, W, C] in [0, 1]) -> [B, K] float32, in
@@ -68,7 +68,7 @@ class Program:
     mesh: Mesh
     init: Callable[[int, Hyper], TrainState]
     train_step: Callable[..., tuple[TrainState, jax.Array]]
-    together: Callable[[str], strategies.Together]
+    together: Callable[[str, int], strategies.Together]
     stack: Callable[[Sequence[TrainState]], TrainState]
     logits: Callable[..., jax.Array]
     logits_of: Callable[[PyTree, jax.Array], jax.Array]
@@ -377,7 +377,7 @@ def make_program(config: ConfigDict, info: DatasetInfo) -> Program:
         init=init,
         train_step=backend.jit(train_step, donate_argnums=0, out_shardings=everywhere),
         together=functools.cache(
-            lambda strategy: strategies.combine(strategy, train_step, everywhere)
+            lambda strategy, members: strategies.combine(strategy, members, train_step, everywhere)
         ),
         stack=jax.jit(
             lambda states: jax.tree.map(lambda *x: jnp.stack(x), *states), out_shardings=everywhere

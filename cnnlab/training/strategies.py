@@ -6,7 +6,7 @@
 | `vmap` | the update over a leading axis |
 | `map` | a compiled loop over the runs |
 | `unrolled` | the runs' updates one after another in one program, which XLA may interleave |
-| `devices` | one run (or as many for each) on every device that there is, without communication |
+| `devices` | one run (or as many for each) on each of several devices, without communication |
 
 All but `sequential` equal the solo runs up to float rounding; `sequential` is them, to the bit.
 Which is fastest depends on the network, the number of runs and the machine, so `measure` times the
@@ -60,26 +60,28 @@ class Together:
 
 def available(members: int, mesh_size: int) -> tuple[str, ...]:
     """The strategies that so many runs, each on a mesh of so many devices, can be trained by."""
-    one_a_device = mesh_size == 1 < jax.local_device_count() and jax.process_count() == 1
-    fits = one_a_device and members % jax.local_device_count() == 0
+    alone = mesh_size == 1 and jax.process_count() == 1
+    fits = alone and parallel.replicas(members).size > 1
     return tuple(name for name in STRATEGIES if name != "devices" or fits)
 
 
 def check(strategy: str, members: int, mesh_size: int) -> None:
     """Raises a CnnlabError where so many runs can't be trained that way."""
     if strategy not in available(members, mesh_size):
+        fitting = ", ".join(available(members, mesh_size))
         raise CnnlabError(
-            f"--strategy devices: expected a multiple of the {jax.local_device_count()} devices "
-            f"(at least 2) as the number of runs at once, each on one device, got {members} on "
-            f"{mesh_size}; choose another strategy, or another --together"
+            f"--strategy {strategy}: expected one of {fitting} for {members} runs on {mesh_size} "
+            f"of {jax.local_device_count()} devices each; `devices` takes runs on one device each, "
+            "and several devices among which they can be shared equally"
         )
 
 
-def combine(strategy: str, step: Step, solo: NamedSharding) -> Together:
+def combine(strategy: str, members: int, step: Step, solo: NamedSharding) -> Together:
     """The update of several runs by one of `STRATEGIES`, `sequential` excepted.
 
     Args:
         strategy: which.
+        members: how many runs.
         step: the update of one run; not compiled.
         solo: where the state of a solo run lies.
     """
@@ -122,7 +124,7 @@ def combine(strategy: str, step: Step, solo: NamedSharding) -> Together:
             spread=lambda fed: fed,
             member=take,
         )
-    mesh = parallel.replicas()
+    mesh = parallel.replicas(members)
     split, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("replica",), ()))
 
     def on_devices(

@@ -68,20 +68,26 @@ def test_pieces_have_batch_statistics_of_their_own_on_any_number_of_devices(sett
 
 
 def test_each_piece_draws_dropout_of_its_own():
-    """With the same masks in both pieces, equal halves of a batch would give equal losses."""
-    made = recipe(**{"model.dropout": 0.5, "train.accumulate": 2, "augment.transforms": ()})
-    split = run.load_split(made, "train")
-    program = step.make_program(made, split.info)
-    hyper = optim.hyper(made, examples=1000)
-    state = program.init(0, hyper)
-    twice = np.repeat(np.arange(32, dtype=np.int32), 2)
-    _, packed = program.train_step(state, split.fed(twice), np.int32(0), hyper)
-    again = recipe(**{"model.dropout": 0.5, "train.batch_size": 32, "augment.transforms": ()})
-    program = step.make_program(again, split.info)
-    _, half = program.train_step(
-        program.init(0, hyper), split.fed(np.arange(32, dtype=np.int32)), np.int32(0), hyper
-    )
-    assert float(packed[0, 0]) != pytest.approx(2 * float(half[0, 0]), rel=1e-4)
+    """With the same masks in all pieces of the same images, two would lose as much as four."""
+    losses = []
+    for pieces in (2, 4):
+        made = recipe(
+            **{
+                "model.dropout": 0.5,
+                "augment.transforms": (),
+                "train.accumulate": pieces,
+                "train.batch_size": 16 * pieces,
+            }
+        )
+        split = run.load_split(made, "train")
+        program = step.make_program(made, split.info)
+        hyper = optim.hyper(made, examples=1000)
+        same = np.repeat(np.arange(16, dtype=np.int32), pieces)
+        _, packed = program.train_step(program.init(0, hyper), split.fed(same), np.int32(0), hyper)
+        total, count = np.asarray(packed)[program.metric_names.index("loss")]
+        assert count == 16 * pieces
+        losses.append(total / count)
+    assert losses[0] != pytest.approx(losses[1], rel=1e-4)
 
 
 def test_pieces_that_do_not_fit_are_refused():

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from cnnlab import config
+from cnnlab import cli, config, parallel
 from cnnlab.training import loop, run, strategies
 from cnnlab.training.step import Programs
 from cnnlab.types import CnnlabError
@@ -106,14 +106,31 @@ def test_one_run_on_each_device_is_the_solo_run(tmp_path, monkeypatch):
         assert found[5]["scores"] == alone["scores"]
 
 
-def test_devices_that_the_runs_do_not_fill_are_told(tmp_path):
-    three = [job(tmp_path / str(seed), seed) for seed in range(3)]
-    with pytest.raises(CnnlabError, match=r"a multiple of the 8 devices .* got 3 on 1"):
-        run.train(three, programs=PROGRAMS, strategy="devices")
+def test_runs_are_shared_equally_among_as_many_devices_as_that_allows():
+    assert [parallel.replicas(n).size for n in (1, 2, 3, 7, 8, 10, 11, 16)] == [
+        1,
+        2,
+        3,
+        7,
+        8,
+        5,
+        1,
+        8,
+    ]
+
+
+def test_a_strategy_that_does_not_fit_is_told(tmp_path):
+    two = [job(tmp_path / str(seed), seed, **{"parallel.devices": 8}) for seed in range(2)]
+    with pytest.raises(CnnlabError, match=r"--strategy devices: expected one of .* 2 runs on 8"):
+        run.train(two, programs=PROGRAMS, strategy="devices")
+
+
+def test_the_command_line_knows_all_strategies():
+    assert (strategies.AUTO, *strategies.STRATEGIES) == cli.STRATEGIES
 
 
 def test_the_fastest_strategy_is_chosen_kept_and_recorded(tmp_path, monkeypatch):
-    figures = {"sequential": 3.0, "vmap": 2.0, "map": 1.0, "unrolled": 4.0}
+    figures = {"sequential": 3.0, "vmap": 2.0, "map": 1.0, "unrolled": 4.0, "devices": 5.0}
     seen = []
 
     def measure(update, state, rest):
@@ -131,7 +148,7 @@ def test_the_fastest_strategy_is_chosen_kept_and_recorded(tmp_path, monkeypatch)
     programs = Programs()
     with pytest.raises(loop.Interrupted):
         run.train(two, programs=programs, should_stop=stop)
-    assert seen == [0, 1, 1, 1]
+    assert seen == [0, 1, 1, 1, 1]
     figures["map"] = 100.0  # runs that go on are not measured again
     for one in run.train(two, programs=programs):
         assert one["cost"]["strategy"] == "map"
@@ -144,5 +161,5 @@ def test_where_nothing_beats_one_after_another_the_runs_are_solo_runs(tmp_path, 
     for one, solo in zip(found, alone, strict=False):
         assert one["parameters_sha256"] == solo["parameters_sha256"]
         assert (one["cost"]["together"], one["cost"]["strategy"]) == (1, "sequential")
-        assert set(one["cost"]["strategies"]) == {"sequential", "vmap", "map", "unrolled"}
+        assert set(one["cost"]["strategies"]) == set(strategies.STRATEGIES)
         assert min(one["cost"]["strategies"].values()) > 0
