@@ -61,8 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.stop = _Stop()
     try:
         for option, variable in ENVIRONMENT.items():
-            if getattr(options, option, None):
-                os.environ[variable] = getattr(options, option)
+            if getattr(options, option, None) not in (None, ""):
+                os.environ[variable] = str(getattr(options, option))
         changes = _changes(rest, options)
         if not hasattr(options, "command"):
             parser.print_help()
@@ -152,11 +152,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     common.add_argument(
         "--resident",
+        type=float,
         metavar="GIB",
         help="data sets of more images than this are read while training; default 1",
     )
     common.add_argument(
-        "--workers", metavar="N", help="processes that read them; default 0: threads"
+        "--workers", type=int, metavar="N", help="processes that read them; default 0: threads"
     )
 
     parser = argparse.ArgumentParser(
