@@ -247,7 +247,7 @@ def _start() -> Facts:
     return {
         "platform": jax.default_backend(),
         "devices": devices,
-        "x64": bool(jax.config.jax_enable_x64),
+        "x64": bool(jax.config.values["jax_enable_x64"]),
     }
 
 
@@ -255,7 +255,7 @@ def _cache() -> Facts:
     """The compilation cache that is in use."""
     import jax
 
-    folder = jax.config.jax_compilation_cache_dir
+    folder = jax.config.values["jax_compilation_cache_dir"]
     found = _folder(Path(folder))
     sizes = {e.name: e.stat().st_size for e in os.scandir(folder)} if found["exists"] else {}
     programs = sum(name.endswith("-cache") for name in sizes)  # each has a file of its last use
