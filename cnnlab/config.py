@@ -260,6 +260,13 @@ FIELDS: dict[str, dict[str, Field]] = {
     },
     "parallel": {
         "devices": Field(1, "how many devices share a batch; 0: all there are", low=0),
+        "state": Field(
+            "replicated",
+            "where parameters, averages and the optimizer's numbers are: whole on each device, or "
+            "in parts, which takes less memory and more traffic",
+            choices=("replicated", "sharded"),
+            neutral=True,
+        ),
     },
 }
 

@@ -1,6 +1,11 @@
-"""The devices: a mesh of one axis, `data`, over which a batch is split, of one process or several.
+"""The devices: one mesh, of one process or several.
 
-The state is on every device. Where several processes (one a machine, as a rule) train together, all
+Its axis `data` splits a batch; its axis `replica` has, on each part, runs of their own, which know
+nothing of each other. A run's state is on every device of `data`, or lies in parts on them, each of
+which then holds and updates its part alone; the parameters come together for a pass (Rajbhandari et
+al. 2020, "ZeRO", section 5; Xu et al. 2020, "Automatic Cross-Replica Sharding of Weight Update").
+
+Where several processes (one a machine, as a rule) train together, all
 run the same program; the first alone writes and speaks, and whatever depends on files, signals or
 clocks is decided by it (`from_first`) or by all (`anywhere`): processes that disagree on what to
 compute next wait for each other for ever.
@@ -9,12 +14,14 @@ compute next wait for each other for ever.
 from __future__ import annotations
 
 import contextvars
+import functools
 import hashlib
 import json
+import math
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import jax
@@ -22,13 +29,16 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from cnnlab.types import CnnlabError
+from cnnlab.types import CnnlabError, PyTree
 
 TPU_HOSTS = "TPU_WORKER_HOSTNAMES"
 """The variable in which a TPU machine finds the names of all machines of its slice."""
 
 _LEAVE_WITHIN = 60
 """Seconds that a process which ends waits for the others; after that they are ended, too."""
+
+_WHOLE = 1024
+"""Arrays of fewer numbers are never split: to send them costs more than to have them."""
 
 _T = TypeVar("_T")
 _deciding: contextvars.ContextVar[bool] = contextvars.ContextVar("deciding", default=False)
@@ -220,22 +230,30 @@ def make_mesh(devices: int) -> Mesh:
             f"parallel.devices: expected at most the {available} {jax.default_backend()} "
             f"device(s) there are, got {devices}; 0 takes all"
         )
-    count = devices or available
-    return jax.make_mesh(
-        (count,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:count]
-    )
+    return _mesh(1, jax.devices()[: devices or available])
 
 
-def replicas(runs: int) -> Mesh:
-    """A mesh of this process's devices along the axis `replica`, equally many of `runs` on each.
+def side_by_side(runs: int, solo: Mesh) -> Mesh:
+    """The mesh of as many replicas as can have equally many of these runs each.
 
-    It has as many devices as that allows.
+    Args:
+        runs: how many.
+        solo: the mesh of one of them. Where it is one device, the replicas are of one device each,
+            of all that this process has; else they share the devices of `solo` equally.
     """
-    available = jax.local_devices()
-    count = max(n for n in range(1, len(available) + 1) if runs % n == 0)
-    devices = available[:count]
+    if solo.size == 1:
+        available = jax.local_devices()
+        count = max(n for n in range(1, len(available) + 1) if runs % n == 0)
+        return _mesh(count, available[:count])
+    return _mesh(math.gcd(runs, solo.size), list(solo.devices.flat))
+
+
+def _mesh(replicas: int, devices: Sequence[jax.Device]) -> Mesh:
     return jax.make_mesh(
-        (len(devices),), ("replica",), axis_types=(AxisType.Auto,), devices=devices
+        (replicas, len(devices) // replicas),
+        ("replica", "data"),
+        axis_types=(AxisType.Auto, AxisType.Auto),
+        devices=devices,
     )
 
 
@@ -262,6 +280,56 @@ def split_batch(mesh: Mesh) -> NamedSharding:
 def split_axis(mesh: Mesh, axis: int) -> NamedSharding:
     """This axis split over the devices."""
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
+
+
+def constrain(tree: PyTree, shardings: PyTree) -> PyTree:
+    """The same arrays, laid on the devices so; for use in a compiled function.
+
+    Args:
+        tree: the arrays.
+        shardings: one `NamedSharding` for all, or one for each. Where the caller is itself one
+            replica of several, its own devices take the place of theirs.
+    """
+    here = jax.sharding.get_abstract_mesh()
+    if not here.empty:
+        shardings = jax.tree.map(lambda s: NamedSharding(here, s.spec), shardings)
+    return jax.lax.with_sharding_constraint(tree, shardings)
+
+
+def parts(tree: PyTree, mesh: Mesh) -> PyTree:
+    """How arrays lie in parts: each split along its longest axis that the devices divide.
+
+    The last of several such; an array that has none, or fewer than `_WHOLE` numbers, is whole
+    everywhere.
+
+    Args:
+        tree: arrays, or their shapes.
+        mesh: the devices.
+    """
+    count = mesh.shape["data"]
+
+    def lie(x: jax.Array) -> NamedSharding:
+        fitting = [(n, i) for i, n in enumerate(x.shape) if n % count == 0]
+        if x.size < _WHOLE or not fitting:
+            return replicated(mesh)
+        return split_axis(mesh, max(fitting)[1])
+
+    return jax.tree.map(lie, tree)
+
+
+@functools.cache
+def _gather(mesh: Mesh) -> Callable[[PyTree], PyTree]:
+    return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))
+
+
+def whole(tree: PyTree) -> PyTree:
+    """The same arrays, each of them on every device that it lies on in parts.
+
+    Args:
+        tree: arrays, outside of a compiled function.
+    """
+    split = [x for x in jax.tree.leaves(tree) if not x.is_fully_replicated]
+    return _gather(split[0].sharding.mesh)(tree) if split else tree
 
 
 def local_rows(mesh: Mesh, size: int) -> np.ndarray:

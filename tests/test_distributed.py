@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -22,7 +23,7 @@ PROGRAMS = Programs()
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def recipe(devices=0):
+def recipe(devices=0, state="replicated"):
     made = config.base(
         model="simple_conv",
         data="digits",
@@ -38,23 +39,24 @@ def recipe(devices=0):
     )
     changes = {
         "model.widths": (4,),
-        "model.hidden": 8,
+        "model.hidden": 64,
         "model.norm": "batch",
         "model.dropout": 0.1,
         "parallel.devices": devices,
+        "parallel.state": state,
     }
     return config.resolve(config.override(made, changes, "t"), "t")
 
 
-def train(folder, devices=0, stop=None):
-    """A run to its end, or to a checkpoint at `stop`, which only this process knows of."""
+def train(folder, devices=0, stop=None, state="replicated"):
+    """A run to its end, or for `stop` updates, which only this process knows of."""
     asked = []
 
     def should_stop():
         asked.append(1)
         return stop is not None and len(asked) >= stop
 
-    job = run.Job(recipe(devices), folder, "r")
+    job = run.Job(recipe(devices, state), folder, "r")
     try:
         return run.train([job], programs=PROGRAMS, should_stop=should_stop)[0]
     except loop.Interrupted:
@@ -70,6 +72,7 @@ def worker(address, index, folder):
     assert train(folder / "resident") == resident  # both read what the first wrote
     train(folder / "stopped", stop=STOP if second else None)
     train(folder / "from one")
+    train(folder / "sharded", stop=STOP, state="sharded")
     os.environ["CNNLAB_RESIDENT"] = "0"
     train(folder / "streamed")
     told = []
@@ -120,6 +123,7 @@ def folder(tmp_path_factory):
             for process in processes:
                 process.kill()
     assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
+    shutil.copytree(made / "stopped", made / "kept")
     return made
 
 
@@ -193,6 +197,89 @@ def test_what_fails_in_one_is_raised_in_all(folder):
         assert "the answer: expected the same in all processes" in told[1]
         assert "works on this run; wait for it, or end it first" in told[2]
         assert "expected 0 or all 8 of the 2 processes, got 4" in told[3]
+
+
+LAYOUTS = [(devices, "replicated") for devices in (1, 2, 4, 8)]
+LAYOUTS += [(devices, "sharded") for devices in (2, 4, 8)]
+
+
+def started(devices, state, seed=0):
+    """A state as this layout has it, and its program."""
+    made = recipe(devices, state)
+    split = run.load_split(made, "train")
+    program = PROGRAMS.get(made, split.info, config.program(made))
+    return program.init(seed, run.optim.hyper(made, examples=1000)), program
+
+
+def bits(state):
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
+
+
+@pytest.fixture(scope="module")
+def saved(folder, tmp_path_factory):
+    """Layout -> checkpoints of a run that was stopped at `STOP`; two processes' are among them."""
+    made = tmp_path_factory.mktemp("layouts")
+    for devices, state in LAYOUTS:
+        train(made / f"{devices} {state}", devices, STOP, state)
+    found = {layout: made / f"{layout[0]} {layout[1]}" for layout in LAYOUTS}
+    return found | {"two processes": folder / "kept", "two, sharded": folder / "sharded"}
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "two processes", "two, sharded"])
+def test_a_checkpoint_of_each_layout_is_restored_to_the_bit_in_each_other(saved, layout):
+    states = {}
+    with Checkpoints(saved[layout] / "checkpoints", best="max") as checkpoints:
+        for other in LAYOUTS:
+            like, _ = started(*other, seed=1)
+            states[other], note = checkpoints.restore(like, STOP)
+            assert note["strategy"] == "sequential"
+            have, want = (jax.tree.map(lambda x: x.sharding, s) for s in (states[other], like))
+            assert have == want
+    first, *others = (bits(state) for state in states.values())
+    assert all(other == first for other in others)
+    reference, _ = started(1, "replicated")
+    with Checkpoints(saved[LAYOUTS[0]] / "checkpoints", best="max") as checkpoints:
+        reference, _ = checkpoints.restore(reference, STOP)
+    for have, want in zip(
+        jax.tree.leaves(states[LAYOUTS[0]]), jax.tree.leaves(reference), strict=True
+    ):
+        np.testing.assert_allclose(have, want, rtol=0, atol=1e-5)
+
+
+def test_a_run_that_moves_from_layout_to_layout_is_the_run_that_stayed(tmp_path, alone):
+    for devices, state in [(8, "sharded"), (1, "replicated"), (2, "sharded"), (4, "replicated")]:
+        train(tmp_path, devices, 2, state)
+        (tmp_path / "config.json").unlink()  # which says how many devices
+    assert train(tmp_path, 4, state="sharded")["status"] == "done"
+    np.testing.assert_allclose(losses(tmp_path), losses(alone / "1"), rtol=0, atol=1e-5)
+    for have, want in zip(parameters(tmp_path), parameters(alone / "1"), strict=True):
+        np.testing.assert_allclose(have, want, rtol=0, atol=1e-5)
+
+
+def test_each_device_holds_its_part_of_a_sharded_state_before_and_after_an_update():
+    before, program = started(8, "sharded")
+    split = run.load_split(recipe(8), "train")
+    fed = split.fed(np.arange(64))
+    hyper = run.optim.hyper(recipe(8), examples=1000)
+    shapes = {x.shape: x.sharding.spec for x in jax.tree.leaves(before) if x.size >= 1024}
+    assert shapes  # a kernel, and its momentum
+    after, _ = program.train_step(before, fed, np.int32(0), hyper)
+    large = [x for x in jax.tree.leaves(after) if x.size >= 1024]
+    assert len(large) == 2
+    for x in large:
+        assert x.sharding.spec == shapes[x.shape]
+        assert all(8 * shard.data.size == x.size for shard in x.addressable_shards)
+    small = [x for x in jax.tree.leaves(after) if x.size < 1024]
+    assert all(x.is_fully_replicated for x in small)
+    assert all(x.is_fully_replicated for x in jax.tree.leaves(loop.scored(after)))
+
+
+def test_arrays_are_split_along_the_longest_axis_that_the_devices_divide():
+    mesh = parallel.make_mesh(8)
+    shapes = [(3, 3, 64, 128), (128, 64), (64, 64), (7, 7, 21, 30), (1023,), (1024,), (8, 8), ()]
+    split = parallel.parts([jax.ShapeDtypeStruct(s, np.float32) for s in shapes], mesh)
+    axes = [s.spec.index("data") if "data" in s.spec else None for s in split]
+    assert axes == [3, 0, 1, None, None, 0, None, None]
 
 
 @pytest.mark.parametrize(

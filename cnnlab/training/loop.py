@@ -143,10 +143,10 @@ def due(step: int, every: config_lib.Duration, *, batch_size: int, examples: int
 
 
 def scored(state: TrainState) -> tuple[PyTree, PyTree]:
-    """The parameters and batch statistics that count: the averages where there are any."""
+    """The parameters and batch statistics that count, whole: the averages where there are any."""
     if state.ema is None:
-        return state.params, state.batch_stats
-    return state.ema["params"], state.ema["batch_stats"]
+        return parallel.whole((state.params, state.batch_stats))
+    return parallel.whole((state.ema["params"], state.ema["batch_stats"]))
 
 
 def rhythm(config: ConfigDict, stream: Stream, checkpoints: Checkpoints) -> tuple[object, ...]:
@@ -306,7 +306,7 @@ def choose(
     if count not in program.figures:
         program.figures[count] = found = dict[str, float | str]()
         streams = [member.stream for member in members]
-        for name in strategies.available(count, program.mesh.size):
+        for name in strategies.available(count, program.mesh, sharded=program.sharded):
             alone = name == strategies.SEQUENTIAL
             taken = tracks[:1] if alone else tracks
             ways = None if alone else program.together(name, count)

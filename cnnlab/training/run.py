@@ -136,7 +136,7 @@ def _fitted(
     if len(wave) > 1:
         if strategy == strategies.AUTO:
             strategy, figures = loop.choose(of_wave, program, split)
-        strategies.check(strategy, len(wave), program.mesh.size)
+        strategies.check(strategy, len(wave), program.mesh, sharded=program.sharded)
     size = 1 if strategy == strategies.SEQUENTIAL else len(wave)
     for start in range(0, len(wave), size):
         outcomes = loop.fit(

@@ -46,10 +46,11 @@ class Program:
     Attributes:
         module: the network; takes normalised images.
         mesh: the devices.
-        init: (seed, hyper) -> TrainState, on all devices of the mesh.
+        init: (seed, hyper) -> TrainState, on the devices of the mesh.
         train_step: (state, fed, seed, hyper) -> (state, metrics); `fed` (`pipeline.Fed`) gives the
             batch, metrics are [M, 2] float32, the (sum, count) of each of `metric_names`. Donates
             `state`.
+        sharded: whether the state lies in parts on the devices of the mesh.
         together: (strategy, how many) -> the same for several runs; see `strategies`.
         stack: states -> one state with a leading axis.
         logits: (params, batch_stats, fed) -> [E, K] float32, in evaluation mode.
@@ -68,6 +69,7 @@ class Program:
     mesh: Mesh
     init: Callable[[int, Hyper], TrainState]
     train_step: Callable[..., tuple[TrainState, jax.Array]]
+    sharded: bool
     together: Callable[[str, int], strategies.Together]
     stack: Callable[[Sequence[TrainState]], TrainState]
     logits: Callable[..., jax.Array]
@@ -124,7 +126,7 @@ def make_program(config: ConfigDict, info: DatasetInfo) -> Program:
         images, indices = fed.images, fed.indices
         if indices is not None:
             if mesh.size > 1:
-                indices = jax.lax.with_sharding_constraint(indices, split)
+                indices = parallel.constrain(indices, split)
             images = images[indices]
         return images.astype(jnp.float32) / 255
 
@@ -148,7 +150,17 @@ def make_program(config: ConfigDict, info: DatasetInfo) -> Program:
     def averaged(params: PyTree, batch_stats: PyTree) -> PyTree:
         return {"params": params, "batch_stats": batch_stats}
 
-    place = jax.jit(init_state, out_shardings=everywhere)
+    # In parts, or as it is: of one device there is but one part.
+    sharded = config.parallel.state == "sharded" and mesh.size > 1
+
+    def part(tree: PyTree) -> PyTree:
+        return parallel.constrain(tree, parallel.parts(tree, mesh)) if sharded else tree
+
+    def whole(tree: PyTree) -> PyTree:
+        return parallel.constrain(tree, everywhere) if sharded else tree
+
+    laid = None if sharded else everywhere
+    place = jax.jit(lambda *given: part(init_state(*given)), out_shardings=laid)
 
     def init(seed: int, hyper: Hyper) -> TrainState:
         # Lazily: only the initialisers run, op by op, which compiles far faster than a jitted init.
@@ -176,6 +188,8 @@ def make_program(config: ConfigDict, info: DatasetInfo) -> Program:
         hyper: Hyper,
     ) -> tuple[TrainState, jax.Array]:
         program.traces += 1
+        held = state.params  # what the optimizer moves
+        state = dataclasses.replace(state, params=whole(held), batch_stats=whole(state.batch_stats))
         targets = labels_of(fed)
         if soft:
             targets = jax.nn.one_hot(targets, info.num_classes)
@@ -213,10 +227,10 @@ def make_program(config: ConfigDict, info: DatasetInfo) -> Program:
                 )
                 given = (carried[1], *seen, of_dropout, of_attack)
                 gradients, batch_stats, kept, measured = learn(state.params, *given, scheduled)
-                total = jax.tree.map(lambda a, b: a + b / pieces, carried[0], gradients)
+                total = jax.tree.map(lambda a, b: a + b / pieces, carried[0], part(gradients))
                 return (total, batch_stats), (kept, measured)
 
-            nothing = jax.tree.map(jnp.zeros_like, state.params)
+            nothing = part(jax.tree.map(jnp.zeros_like, state.params))
             (gradients, batch_stats), (kept, measured) = jax.lax.scan(
                 one,
                 (nothing, state.batch_stats),
@@ -226,11 +240,11 @@ def make_program(config: ConfigDict, info: DatasetInfo) -> Program:
             kept = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), kept)
         rate = optim.learning_rate(config.optim.schedule, state.step, hyper)
         updates, opt_state = optim.optimizer(config, hyper, rate).update(
-            gradients, opt_state, state.params
+            part(gradients), opt_state, held
         )
         if guard == "free":
             opt_state = (opt_state, kept)
-        params = optax.apply_updates(state.params, updates)
+        params = optax.apply_updates(held, updates)
         ema = state.ema
         if ema is not None:
             # Statistics of the averaged network's activations are averaged like its parameters.
@@ -239,7 +253,7 @@ def make_program(config: ConfigDict, info: DatasetInfo) -> Program:
         measured["learning_rate"] = (rate, jnp.ones(()))
         program.metric_names = tuple(head_names(name) for name in measured)
         packed = jnp.stack([jnp.stack(pair) for pair in measured.values()])
-        return TrainState(state.step + 1, params, batch_stats, opt_state, ema), packed
+        return part(TrainState(state.step + 1, params, batch_stats, opt_state, ema)), packed
 
     def cut(x: jax.Array) -> jax.Array:
         """[B, ...] to [pieces, B / pieces, ...], each piece spread over all devices as it lies."""
@@ -375,9 +389,10 @@ def make_program(config: ConfigDict, info: DatasetInfo) -> Program:
         module=module,
         mesh=mesh,
         init=init,
-        train_step=backend.jit(train_step, donate_argnums=0, out_shardings=everywhere),
+        train_step=backend.jit(train_step, donate_argnums=0, out_shardings=(laid, everywhere)),
+        sharded=sharded,
         together=functools.cache(
-            lambda strategy, members: strategies.combine(strategy, members, train_step, everywhere)
+            lambda strategy, members: strategies.combine(strategy, members, train_step, mesh)
         ),
         stack=jax.jit(
             lambda states: jax.tree.map(lambda *x: jnp.stack(x), *states), out_shardings=everywhere

@@ -6,7 +6,7 @@
 | `vmap` | the update over a leading axis |
 | `map` | a compiled loop over the runs |
 | `unrolled` | the runs' updates one after another in one program, which XLA may interleave |
-| `devices` | one run (or as many for each) on each of several devices, without communication |
+| `devices` | one run, or as many for each, on each device or equal group of devices |
 
 All but `sequential` equal the solo runs up to float rounding; `sequential` is them, to the bit.
 Which is fastest depends on the network, the number of runs and the machine, so `measure` times the
@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cnnlab import backend, parallel
 from cnnlab.pipeline import Fed
@@ -58,33 +58,45 @@ class Together:
     member: Callable[[TrainState, int], TrainState]
 
 
-def available(members: int, mesh_size: int) -> tuple[str, ...]:
-    """The strategies that so many runs, each on a mesh of so many devices, can be trained by."""
-    alone = mesh_size == 1 and jax.process_count() == 1
-    fits = alone and parallel.replicas(members).size > 1
+def available(members: int, mesh: Mesh, *, sharded: bool) -> tuple[str, ...]:
+    """The strategies that so many runs can be trained by.
+
+    Args:
+        members: how many.
+        mesh: of one of them alone.
+        sharded: whether its state lies in parts.
+    """
+    if sharded:  # for want of memory, so that there is none for two
+        return (SEQUENTIAL,)
+    fits = not parallel.several() and parallel.side_by_side(members, mesh).shape["replica"] > 1
     return tuple(name for name in STRATEGIES if name != "devices" or fits)
 
 
-def check(strategy: str, members: int, mesh_size: int) -> None:
-    """Raises a CnnlabError where so many runs can't be trained that way."""
-    if strategy not in available(members, mesh_size):
-        fitting = ", ".join(available(members, mesh_size))
-        raise CnnlabError(
-            f"--strategy {strategy}: expected one of {fitting} for {members} runs on {mesh_size} "
-            f"of {jax.local_device_count()} devices each; `devices` takes runs on one device each, "
-            "and several devices among which they can be shared equally"
-        )
+def check(strategy: str, members: int, mesh: Mesh, *, sharded: bool) -> None:
+    """Raises a CnnlabError where so many runs can't be trained that way; see `available`."""
+    fitting = available(members, mesh, sharded=sharded)
+    if strategy in fitting:
+        return
+    if sharded:
+        why = "parallel.state=sharded is for a run that fills the devices"
+    else:
+        why = "`devices` takes several devices of one process that can be shared equally"
+    raise CnnlabError(
+        f"--strategy {strategy}: expected one of {', '.join(fitting)} for {members} run(s) on "
+        f"{mesh.size} of {jax.device_count()} device(s) each; {why}"
+    )
 
 
-def combine(strategy: str, members: int, step: Step, solo: NamedSharding) -> Together:
+def combine(strategy: str, members: int, step: Step, solo_mesh: Mesh) -> Together:
     """The update of several runs by one of `STRATEGIES`, `sequential` excepted.
 
     Args:
         strategy: which.
         members: how many runs.
         step: the update of one run; not compiled.
-        solo: where the state of a solo run lies.
+        solo_mesh: the devices of a run alone, on which its state is whole.
     """
+    solo = parallel.replicated(solo_mesh)
 
     def of(fed: Fed, index: Any) -> Fed:
         if fed.indices is not None:
@@ -124,8 +136,13 @@ def combine(strategy: str, members: int, step: Step, solo: NamedSharding) -> Tog
             spread=lambda fed: fed,
             member=take,
         )
-    mesh = parallel.replicas(members)
-    split, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("replica",), ()))
+    mesh = parallel.side_by_side(members, solo_mesh)
+    split, batches, everywhere = (
+        NamedSharding(mesh, PartitionSpec(*axes))
+        for axes in (("replica",), ("replica", "data"), ())
+    )
+    # Without groups there is nothing to partition: every device runs the solo update.
+    axes = {"replica"} if mesh.shape["data"] > 1 else set(mesh.axis_names)
 
     def on_devices(
         states: TrainState, fed: Fed, seeds: jax.Array, hypers: Hyper
@@ -133,12 +150,12 @@ def combine(strategy: str, members: int, step: Step, solo: NamedSharding) -> Tog
         shared, own = PartitionSpec(), PartitionSpec("replica")
         streamed = fed.indices is None
         feeds: Any = Fed(own, own, None) if streamed else Fed(shared, shared, own)  # type: ignore[arg-type]
-        # Every device runs the solo update: nothing is partitioned, nothing communicated.
         return jax.shard_map(
             unrolled,
             mesh=mesh,
             in_specs=(own, feeds, own, own),
             out_specs=own,
+            axis_names=axes,
             check_vma=False,
         )(states, fed, seeds, hypers)
 
@@ -146,7 +163,7 @@ def combine(strategy: str, members: int, step: Step, solo: NamedSharding) -> Tog
 
     def spread(fed: Fed) -> Fed:
         if fed.indices is None:
-            images, labels = jax.device_put((fed.images, fed.labels), split)
+            images, labels = jax.device_put((fed.images, fed.labels), batches)
             return Fed(images, labels, None)
         key = id(fed.images)
         if key not in kept:  # a split is sent to all devices once; what it came from is held

@@ -54,6 +54,12 @@ def alone(tmp_path_factory):
     ]
 
 
+def same_curves(one, solo):
+    for line, expected in zip(one["curves"], solo["curves"], strict=True):
+        assert line.keys() == expected.keys()
+        assert np.allclose(list(line.values()), list(expected.values()), rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("strategy", ["vmap", "map", "unrolled"])
 def test_every_run_equals_its_solo_run(alone, strategy, tmp_path):
     together = run.train(jobs(tmp_path), programs=PROGRAMS, strategy=strategy)
@@ -63,9 +69,7 @@ def test_every_run_equals_its_solo_run(alone, strategy, tmp_path):
         assert one["cost"]["steps"] == solo["cost"]["steps"]
         assert (solo["cost"]["together"], one["cost"]["together"]) == (1, 5)
         assert (solo["cost"]["strategy"], one["cost"]["strategy"]) == ("sequential", strategy)
-        for line, expected in zip(one["curves"], solo["curves"], strict=True):
-            assert line.keys() == expected.keys()
-            assert np.allclose(list(line.values()), list(expected.values()), rtol=1e-3, atol=1e-4)
+        same_curves(one, solo)
     assert len({json.dumps(r["curves"]) for r in together}) == 5
     assert together[4]["cost"]["steps"] == 8  # the second evaluation was no better than the first
 
@@ -106,23 +110,43 @@ def test_one_run_on_each_device_is_the_solo_run(tmp_path, monkeypatch):
         assert found[5]["scores"] == alone["scores"]
 
 
-def test_runs_are_shared_equally_among_as_many_devices_as_that_allows():
-    assert [parallel.replicas(n).size for n in (1, 2, 3, 7, 8, 10, 11, 16)] == [
-        1,
-        2,
-        3,
-        7,
-        8,
-        5,
-        1,
-        8,
-    ]
+@pytest.mark.parametrize(("devices", "limit"), [(4, "1"), (8, "0")])
+def test_groups_of_devices_share_the_runs(tmp_path, monkeypatch, devices, limit):
+    monkeypatch.setenv("CNNLAB_RESIDENT", limit)
+    settings = {"train.accumulate": 2}
+    alone = run.train([job(tmp_path / "alone", 1, **settings)], programs=PROGRAMS)[0]
+    settings["parallel.devices"] = devices
+    two = [job(tmp_path / str(seed), seed, **settings) for seed in range(2)]
+    found = run.train(two, programs=PROGRAMS, strategy="devices")
+    assert {r["cost"]["strategy"] for r in found} == {"devices"}
+    same_curves(found[1], alone)
+
+
+@pytest.mark.parametrize(
+    ("devices", "runs", "replicas", "each"),
+    [
+        *((1, n, count, 1) for n, count in ((1, 1), (2, 2), (3, 3), (7, 7), (8, 8), (11, 1))),
+        *((1, 10, 5, 1), (1, 16, 8, 1)),
+        *((8, 1, 1, 8), (8, 2, 2, 4), (8, 3, 1, 8), (8, 12, 4, 2), (8, 16, 8, 1)),
+        *((4, 2, 2, 2), (6, 4, 2, 3)),
+    ],
+)
+def test_runs_are_shared_equally_among_the_devices(devices, runs, replicas, each):
+    mesh = parallel.side_by_side(runs, parallel.make_mesh(devices))
+    assert dict(mesh.shape) == {"replica": replicas, "data": each}
 
 
 def test_a_strategy_that_does_not_fit_is_told(tmp_path):
-    two = [job(tmp_path / str(seed), seed, **{"parallel.devices": 8}) for seed in range(2)]
-    with pytest.raises(CnnlabError, match=r"--strategy devices: expected one of .* 2 runs on 8"):
-        run.train(two, programs=PROGRAMS, strategy="devices")
+    settings = {"parallel.devices": 8}
+    three = [job(tmp_path / str(seed), seed, **settings) for seed in range(3)]
+    with pytest.raises(
+        CnnlabError, match=r"--strategy devices: expected one of .* 3 run\(s\) on 8"
+    ):
+        run.train(three, programs=PROGRAMS, strategy="devices")
+    settings["parallel.state"] = "sharded"
+    two = [job(tmp_path / f"sharded {seed}", seed, **settings) for seed in range(2)]
+    with pytest.raises(CnnlabError, match=r"expected one of sequential for 2 .* fills the devices"):
+        run.train(two, programs=PROGRAMS, strategy="vmap")
 
 
 def test_the_command_line_knows_all_strategies():
