@@ -22,7 +22,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from cnnlab import faults, parallel, record
@@ -256,17 +255,8 @@ def _unless_late(unraisable: Any) -> None:
 
 def _digest(tree: PyTree) -> str:
     """SHA-256 over names, types, shapes and bytes, whatever containers hold the leaves."""
-
-    def whole(leaf: jax.Array) -> jax.Array | np.ndarray:
-        # One at a time, as all at once may fill a device that has but a part of each.
-        if isinstance(leaf, jax.Array) and not (
-            leaf.is_fully_addressable or leaf.is_fully_replicated
-        ):
-            return np.asarray(parallel.whole(leaf))
-        return leaf
-
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return record.parameters_sha256({_name(path): whole(leaf) for path, leaf in leaves})
+    return record.parameters_sha256({_name(path): leaf for path, leaf in leaves})
 
 
 def _unknown_values(folder: Path) -> list[int]:

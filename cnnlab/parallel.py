@@ -328,8 +328,60 @@ def whole(tree: PyTree) -> PyTree:
     Args:
         tree: arrays, outside of a compiled function.
     """
-    split = [x for x in jax.tree.leaves(tree) if not x.is_fully_replicated]
-    return _gather(split[0].sharding.mesh)(tree) if split else tree
+    arrays = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)]
+    for sharding in (x.sharding for x in arrays if not x.is_fully_replicated):
+        if isinstance(sharding, NamedSharding):
+            return _gather(sharding.mesh)(tree)
+    return tree
+
+
+def own(mesh: Mesh) -> Mesh:
+    """The devices for what each process computes by itself: those of the mesh that are its own."""
+    return _mesh(1, jax.local_devices()) if several() else mesh
+
+
+def on_own(tree: PyTree, mesh: Mesh) -> PyTree:
+    """What is whole on every device, on the devices of `own(mesh)`."""
+    if not several():
+        return tree
+    return jax.device_put(jax.tree.map(np.asarray, tree), replicated(own(mesh)))
+
+
+def shared_out(
+    compute: Callable[[int], dict[str, np.ndarray]], count: int
+) -> list[dict[str, np.ndarray]]:
+    """What `compute` gives for 0 to `count` - 1, each computed by one of the processes, for all.
+
+    Args:
+        compute: number -> arrays by name; of all numbers the same names, types and shapes.
+        count: how many, at least 1.
+
+    Raises:
+        CnnlabError: in the others, where `compute` raised anything in one.
+    """
+    if not several():
+        return [compute(number) for number in range(count)]
+    processes, here = jax.process_count(), jax.process_index()
+    mine, failed = list[dict[str, np.ndarray]](), None
+    try:
+        mine = [compute(number) for number in range(here, count, processes)]
+    except Exception as error:  # raised again below, once the others know
+        failed = error
+    if anywhere(failed is not None):
+        raise failed or CnnlabError("another process failed at its share; it says at what")
+    kinds = from_first(lambda: {k: (str(a.dtype), a.shape) for k, a in mine[0].items()})
+    found = [dict[str, np.ndarray]() for _ in range(count)]
+    for name, (dtype, shape) in kinds.items():
+        # As bytes, or JAX would round what has 64 bits.
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        sent = np.zeros((-(-count // processes), size), np.uint8)
+        for row, arrays in zip(sent, mine, strict=False):
+            row[:] = np.frombuffer(np.ascontiguousarray(arrays[name]).tobytes(), np.uint8)
+        told = np.asarray(multihost_utils.process_allgather(sent))
+        for number, arrays in enumerate(found):
+            content = told[number % processes, number // processes].tobytes()
+            arrays[name] = np.frombuffer(content, dtype).reshape(shape)
+    return found
 
 
 def local_rows(mesh: Mesh, size: int) -> np.ndarray:

@@ -12,13 +12,18 @@ import jax
 import numpy as np
 import pytest
 
-from cnnlab import config, parallel
+from cnnlab import config, encoding, parallel
 from cnnlab.checkpoint import Checkpoints
+from cnnlab.evaluation import checklist
 from cnnlab.training import loop, run
 from cnnlab.training.step import Programs
 from cnnlab.types import CnnlabError
 
 STEPS, STOP = 12, 5
+SCORES = [
+    "pgd(eps=0.1, steps=3), first 300",
+    "certified(sigma=0.1, radius=0.05, samples=100), first 40",
+]
 PROGRAMS = Programs()
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -73,6 +78,9 @@ def worker(address, index, folder):
     train(folder / "stopped", stop=STOP if second else None)
     train(folder / "from one")
     train(folder / "sharded", stop=STOP, state="sharded")
+    train(folder / "sharded to the end", state="sharded")
+    for name in ("resident", "sharded to the end"):
+        run.extend(folder / name, SCORES, PROGRAMS, allow=checklist.CHECKS)
     os.environ["CNNLAB_RESIDENT"] = "0"
     train(folder / "streamed")
     told = []
@@ -81,6 +89,7 @@ def worker(address, index, folder):
         lambda: parallel.require_same("the answer", index),
         lambda: train(folder / "held"),
         lambda: parallel.make_mesh(4),
+        lambda: parallel.shared_out(lambda number: {"a": np.zeros(1)} if number else 1 // 0, 5),
     ):
         try:
             attempt()
@@ -160,6 +169,23 @@ def test_devices_and_processes_see_the_same_losses(folder, alone):
         np.testing.assert_allclose(losses(other), reference, rtol=0, atol=1e-5, err_msg=str(other))
 
 
+def test_processes_share_the_scores_under_attack(folder, alone):
+    for devices in (1, 8):
+        run.extend(alone / str(devices), SCORES, PROGRAMS, allow=checklist.CHECKS)
+    found = {
+        path.name: json.loads((path / "result.json").read_text())["scores"]
+        for path in (alone / "1", alone / "8", folder / "resident", folder / "sharded to the end")
+    }
+    for name in SCORES:
+        first, *others = (scores[name] for scores in found.values())
+        assert 0.05 < first["top1"] < 0.95
+        for other in others:
+            bits = [encoding.decode_labels(each["robust"]) for each in (first, other)]
+            assert len(bits[0]) == int(name.rpartition(" ")[2])
+            assert (bits[0] != bits[1]).sum() <= 1  # rounding
+    assert not list(folder.glob("*/chunks/*"))
+
+
 def test_the_first_process_alone_writes(folder):
     for name in ("resident", "streamed", "from one"):
         result = json.loads((folder / name / "result.json").read_text())
@@ -197,6 +223,8 @@ def test_what_fails_in_one_is_raised_in_all(folder):
         assert "the answer: expected the same in all processes" in told[1]
         assert "works on this run; wait for it, or end it first" in told[2]
         assert "expected 0 or all 8 of the 2 processes, got 4" in told[3]
+    assert first[4].startswith("ZeroDivisionError")
+    assert second[4] == "CnnlabError: another process failed at its share; it says at what"
 
 
 LAYOUTS = [(devices, "replicated") for devices in (1, 2, 4, 8)]

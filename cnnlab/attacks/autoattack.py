@@ -75,7 +75,7 @@ _RAND = (_part("apgd_ce", draws=20), _part("apgd_dlr", draws=20))
 
 VERSIONS = {"standard": _STANDARD, "plus": _PLUS, "rand": _RAND}
 
-_SMALLEST = 16
+SMALLEST = 16
 """Batches are not made smaller than this: a program for each size takes seconds to compile."""
 
 _BLOCKS = 50
@@ -233,7 +233,7 @@ def run(
         only: the parts to run, by name; all if empty.
         chunk: the most examples in a batch. Smaller batches are its halves, quarters, ...
         workers: batches at a time; 0 for one a core on CPU, one elsewhere.
-        sharding: of a batch over a mesh, whose device count divides `_SMALLEST` or `chunk`.
+        sharding: of a batch over a mesh, whose device count divides `SMALLEST` or `chunk`.
 
     Returns:
         What fell to which part.
@@ -281,7 +281,7 @@ def run(
         best = np.full(len(images), -np.inf if index == 0 else _search.HIGHEST, np.float32)
         for number in range(search.rounds):
             rows = np.flatnonzero(standing)
-            each = min(chunk, max(-(-len(rows) // workers), _SMALLEST))
+            each = min(chunk, max(-(-len(rows) // workers), SMALLEST))
             with ThreadPoolExecutor(workers) as pool:
                 rounds = pool.map(functools.partial(attack, number), _chunks(rows, each))
                 for done, new, score in itertools.chain.from_iterable(rounds):
@@ -405,7 +405,7 @@ def _chunks(rows: np.ndarray, chunk: int) -> list[np.ndarray]:
 def _size(count: int, chunk: int) -> int:
     """The batch size for this many examples: `chunk`, or the smallest half, quarter, ... of it."""
     size = chunk
-    while size % 2 == 0 and size // 2 >= max(count, _SMALLEST):
+    while size % 2 == 0 and size // 2 >= max(count, SMALLEST):
         size //= 2
     return size
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from cnnlab import record
+from cnnlab import parallel, record
 
 Arrays = dict[str, np.ndarray]
 """Name -> an array with one entry an example."""
@@ -27,6 +27,8 @@ def collect(
 ) -> Arrays:
     """What `compute` finds for all examples, one chunk of them after another.
 
+    Several processes share the chunks; each computes its own, and all have the whole result.
+
     Args:
         compute: the positions of a chunk's examples [n], in order -> arrays of `n` entries.
         count: how many examples there are.
@@ -37,26 +39,34 @@ def collect(
             JSON values. The version of the code and `size` are added.
     """
     place = folder and folder / _digest({**(about or {}), "size": size})
-    parts = []
-    for number, start in enumerate(range(0, count, size)):
-        positions = np.arange(start, min(start + size, count))
+
+    def part(number: int) -> Arrays:
+        positions = np.arange(number * size, min((number + 1) * size, count))
         file = place and place / f"{number:05}.npz"
         if file is not None and file.exists():
-            with np.load(file, allow_pickle=False) as found:
-                parts.append(dict(found))
-            continue
-        parts.append({name: np.asarray(array) for name, array in compute(positions).items()})
+            with np.load(file, allow_pickle=False) as kept:
+                return dict(kept)
+        found: dict[str, Any] = {
+            name: np.asarray(array) for name, array in compute(positions).items()
+        }
         if file is not None:
             packed = io.BytesIO()
-            np.savez(packed, **parts[-1])
+            np.savez(packed, **found)
             record.write_atomic(file, packed.getvalue())
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        return found
+
+    def filled(number: int) -> Arrays:  # as large as the others
+        rows = np.arange(min(size, count)) % (min((number + 1) * size, count) - number * size)
+        return {name: array[rows] for name, array in part(number).items()}
+
+    parts = parallel.shared_out(filled, -(-count // size))
+    return {name: np.concatenate([part[name] for part in parts])[:count] for name in parts[0]}
 
 
 def clear(folder: Path) -> None:
     """Removes what `collect` kept; call it once the result of all chunks is written."""
-    if folder.exists():
-        shutil.rmtree(folder)
+    # Where several processes share the folder, another may be at it.
+    shutil.rmtree(folder, ignore_errors=parallel.several() or not folder.exists())
 
 
 def _digest(about: Mapping[str, Any]) -> str:

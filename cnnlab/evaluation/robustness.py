@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from cnnlab import attacks, backend, keys, record, registry
+from cnnlab import attacks, backend, keys, parallel, record, registry
 from cnnlab.attacks import autoattack
 from cnnlab.evaluation import chunks
 from cnnlab.types import CnnlabError, Examples, PyTree, fingerprint
@@ -87,6 +88,7 @@ def attack(
     folder: Path | None = None,
     about: Mapping[str, Any] | None = None,
     source: tuple[LogitsOf, PyTree] | None = None,
+    mesh: Mesh | None = None,
 ) -> Outcome:
     """Attacks all examples, in chunks.
 
@@ -109,6 +111,8 @@ def attack(
         source: another model and its variables, which the attack is made for instead; this one
             meets what comes of it (a transfer attack: Papernot et al. 2016, "Transferability in
             Machine Learning").
+        mesh: the devices, on all of which the variables are; each batch is split over them. `None`
+            is where the variables are.
 
     Raises:
         CnnlabError: the attack does not fit.
@@ -121,7 +125,11 @@ def attack(
     drawn = keys.per_example(own, int(np.max(positions)) + 1)[positions]
     plugin = registry.get("attacks", name)
     ensemble = plugin.function is autoattack.perturb
+    split = None
     batch = min(CHUNK, len(images))
+    if mesh is not None and mesh.size > 1 and not (ensemble and autoattack.SMALLEST % mesh.size):
+        split = parallel.split_batch(mesh)
+        batch = -(-batch // mesh.size) * mesh.size
     fooled_of, fooled_variables = source or (logits_of, variables)
 
     def compute(rows: np.ndarray) -> chunks.Arrays:
@@ -129,7 +137,7 @@ def attack(
         if ensemble:
             found = autoattack.run(
                 drawn[rows], fooled_of, fooled_variables, pixels, labels[rows],
-                **(plugin.fields | given), chunk=CHUNK,
+                **(plugin.fields | given), chunk=CHUNK, sharding=split,
             )  # fmt: skip
             made = [found.images, found.correct, found.robust]
             if source:
@@ -140,7 +148,10 @@ def attack(
             fixed = tuple(sorted((k, v) for k, v in given.items() if k != "eps"))
             program = _program(logits_of, fooled_of, name, fixed)
             both = (variables, fooled_variables)
-            parts = program(both, eps, drawn[rows][fill], pixels[fill], labels[rows][fill])
+            examples = (drawn[rows][fill], pixels[fill], labels[rows][fill])
+            if split is not None:
+                examples = jax.device_put(examples, split)
+            parts = program(both, eps, *examples)
             made = [np.asarray(each)[: len(rows)] for each in parts]
         arrays = dict(zip(("images", "clean", "attacked"), made, strict=True))
         return arrays if with_images else {k: v for k, v in arrays.items() if k != "images"}

@@ -12,8 +12,8 @@ bad at, by shape alone, so that one program always gives the same bits:
   loops. Both gradients are written as plain convolutions with explicit transposes.
 - One input channel leaves vector lanes empty. Its result is a sum of shifted products (the fused
   loop reads the image once for all taps; XLA's own convolution where barriers do not hold), its
-  image gradient a sum of shifted planes of one matrix product, its kernel gradient, if there are
-  more channels than taps, one matrix product with stacked shifted planes.
+  kernel gradient, if there are more channels than taps, one matrix product with stacked shifted
+  planes.
 - Few output channels leave them empty, too: one matrix product for all taps, then a sum of shifted
   planes (the gradient of images with three channels, say).
 - Depthwise convolutions run one channel at a time. All three faces become shifted products; the
@@ -514,15 +514,8 @@ def _one_channel(face: Face, a: jax.Array, b: jax.Array, spec: Spec) -> jax.Arra
     if face is Face.RESULT:
         return _shifted_products(a, b, spec) if BARRIERS_HOLD else _dense(face, a, b, spec)
     count = math.prod(spec.kernel)
-    if face is Face.IMAGES:
-        flat = b.reshape(count, -1)
-        planes = lax.dot_general(flat, a.reshape(-1, a.shape[-1]), (((1,), (1,)), ((), ())))
-        planes = planes.reshape(count, *a.shape[:-1], 1)
-        return _sum(
-            _placed(lax.index_in_dim(planes, i, keepdims=False), tap, spec)
-            for i, tap in enumerate(spec.taps())
-        )
-    if b.shape[-1] <= count:  # the planes would take longer to write than the product saves
+    # Of few results the planes would take longer to write than the product saves.
+    if face is Face.IMAGES or b.shape[-1] <= count:
         return _dense(face, a, b, spec)
     padded = _padded(a, spec)
     planes = jnp.stack([_window(padded, tap, spec) for tap in spec.taps()])

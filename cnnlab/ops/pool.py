@@ -311,13 +311,17 @@ def _taps(padded: jax.Array, window: Pair, strides: Pair) -> list[jax.Array]:
     ]
 
 
-def _tiles(padded: jax.Array, window: Pair) -> jax.Array:
-    """Windows that tile the images, each as one axis in row-major order: [B, H', W', h w, C]."""
+def _dealt(padded: jax.Array, window: Pair) -> jax.Array:
+    """Windows that tile the images, where they lie: [B, H', h, W', w, C]."""
     height, width = _output_size(padded, window, window)
     fitted = _fit(padded, height * window[0], width * window[1])
-    split = fitted.reshape(padded.shape[0], height, window[0], width, window[1], padded.shape[-1])
-    swapped = split.transpose(0, 1, 3, 2, 4, 5)
-    return swapped.reshape(padded.shape[0], height, width, -1, padded.shape[-1])
+    return fitted.reshape(padded.shape[0], height, window[0], width, window[1], padded.shape[-1])
+
+
+def _tiles(padded: jax.Array, window: Pair) -> jax.Array:
+    """The same, each as one axis in row-major order: [B, H', W', h w, C]."""
+    swapped = _dealt(padded, window).transpose(0, 1, 3, 2, 4, 5)
+    return swapped.reshape(*swapped.shape[:3], -1, padded.shape[-1])
 
 
 def _reduce_window(images: jax.Array, window: Pair, strides: Pair, padding: Pads) -> jax.Array:
@@ -367,9 +371,12 @@ def _max_pool_jvp(
         padded = _pad(tangent, padding, 0.0)
         zero = jnp.zeros((), tangent.dtype)
         if window == strides:
-            tiles = _tiles(padded, window)
-            taps = lax.broadcasted_iota(number.dtype, (1, 1, 1, tiles.shape[3], 1), 3)
-            return jnp.where(number[:, :, :, None] == taps, tiles, zero).sum(axis=3)
+            # As they lie: to put each into one axis would be a transposition on the way back.
+            dealt = _dealt(padded, window)
+            each = (1, 1, window[0], 1, window[1], 1)
+            row, column = (lax.broadcasted_iota(number.dtype, each, axis) for axis in (2, 4))
+            here = number[:, :, None, :, None] == row * window[1] + column
+            return jnp.where(here, dealt, zero).sum(axis=(2, 4))
         shares = [
             jnp.where(number == tap, value, zero)
             for tap, value in enumerate(_taps(padded, window, strides))

@@ -194,7 +194,7 @@ def extend(
         CnnlabError: the run is not finished, or has no checkpoint any more.
         UntrustworthyError: an attack's score, new or kept, has a finding that is not allowed.
     """
-    result = record.read_result(path)
+    result = parallel.from_first(lambda: record.read_result(path))
     if result is None:
         raise CnnlabError(f"{path} is not finished; train the run first")
     # Once for all scores, and only if one is missing.
@@ -205,24 +205,16 @@ def extend(
         if name in result["scores"]:
             _require(result["scores"][name].get("findings", ()), allow)
             continue
-        _require_one_process(name)
         place = path / "chunks" / hashlib.sha256(name.encode()).hexdigest()[:16]
         measured = _measured(name, path, place, programs, restored, allow)
+        measured = parallel.from_first(functools.partial(dict, measured))  # whose clock counts
         with record.RunFolder(path, _config(path)) as folder:
-            result = record.read_result(path) or result  # another process may have added a score
+            # Another command may have added a score.
+            result = parallel.from_first(lambda: record.read_result(path)) or result
             result = result | {"scores": result["scores"] | {name: measured}}
             folder.finish(result)
             chunks.clear(place)
     return result
-
-
-def _require_one_process(name: str) -> None:
-    """Attacks and corruptions keep chunks in files, which only one process can do as it is."""
-    if parallel.several():
-        raise CnnlabError(
-            f"{name}: scores beside those of training are measured by one process; the run is "
-            "trained, so give the same command, without the options for several machines, on one"
-        )
 
 
 def _measured(
@@ -242,7 +234,7 @@ def _measured(
     other = None
     if transferred:
         _, its_program, its_state = restored(path.parent / source)
-        other = (its_program.logits_of, loop.scored(its_state))
+        other = (its_program.logits_of, _own_variables(its_program, its_state))
     with record.RunFolder(path, config), _explained(config):
         if several:
             return _attacked(attack, int(examples), other, place, allow, config, program, state)
@@ -269,7 +261,7 @@ def certify(
     Raises:
         CnnlabError: the run is not finished, has diverged, or has no checkpoint any more.
     """
-    result = record.read_result(path)
+    result = parallel.from_first(lambda: record.read_result(path))
     if result is None:
         raise CnnlabError(f"{path} is not finished; train the run first")
     if result["status"] != "done":
@@ -283,7 +275,8 @@ def certify(
         "parameters_sha256": result["parameters_sha256"],
     }
     file = path / f"certified-{smoothing}-first{examples}.json"
-    if file.exists() and (kept := record.read_json(file))["about"] == about:
+    kept = parallel.from_first(lambda: record.read_json(file) if file.exists() else None)
+    if kept is not None and kept["about"] == about:
         return dict(kept)
     config, program, state, _ = restore(path, programs)
     looked_at, unfinished = load_split(config, "test").first(examples), path / file.stem
@@ -291,11 +284,11 @@ def certify(
         counts = certification.count(
             keys.key(config.seed, "certification"),
             program.logits_of,
-            loop.scored(state),
+            _own_variables(program, state),
             looked_at.images,
             smoothing,
             batch_size=batch_size or config.eval.batch_size,
-            mesh=program.mesh,
+            mesh=parallel.own(program.mesh),
             folder=unfinished,
             about={"identity": result["identity"]},
         )
@@ -305,9 +298,14 @@ def certify(
             "code": record.code_version(),
             "environment": record.environment(program.mesh.size),
         }
-        record.write_atomic(file, record.dump_json(found))
+        parallel.from_first(lambda: record.write_atomic(file, record.dump_json(found)))
         chunks.clear(unfinished)
     return found
+
+
+def _own_variables(program: Program, state: TrainState) -> PyTree:
+    """What is scored, where this process computes by itself."""
+    return parallel.on_own(loop.scored(state), program.mesh)
 
 
 def _certified(text: str, examples: int, path: Path, programs: Programs) -> dict[str, Any]:
@@ -383,7 +381,7 @@ def _attacked(
     """
     split = load_split(config, "test")
     images, labels = split.first(examples)
-    variables = loop.scored(state)
+    variables = _own_variables(program, state)
     findings = checklist.outputs(program.logits_of, variables, images, labels)
     _require(map(dataclasses.asdict, findings), allow)
     found = robustness.attack(
@@ -397,6 +395,7 @@ def _attacked(
         folder=place,
         about={"identity": config_lib.identity(config)},
         source=source,
+        mesh=parallel.own(program.mesh),
     )
     findings += checklist.above_clean(found.clean, found.attacked)
     plain = [dataclasses.asdict(finding) for finding in findings]
