@@ -215,14 +215,7 @@ def _parser() -> argparse.ArgumentParser:
     train = add("train", _train, "train one run of a config file")
     train.add_argument("--config", type=Path, required=True, metavar="FILE[:ARG]")
     for command in (table, train):
-        command.add_argument(
-            "--tracker",
-            action="append",
-            default=[],
-            metavar="NAME[:PROJECT]",
-            help="also log to wandb or mlflow, which may fail without harm; repeatable",
-        )
-        command.add_argument("--wandb", metavar="PROJECT", help="short for --tracker wandb:PROJECT")
+        _add_trackers(command)
         _add_processes(command)
     train.add_argument("--folder", type=Path, metavar="DIR", help="instead of one under --runs")
     train.epilog = "Any setting: --config.SECTION.KEY=VALUE, as in --config.optim.learning_rate=0.3"
@@ -413,7 +406,19 @@ def _add_processes(command: argparse.ArgumentParser) -> None:
     several.add_argument("--process-id", type=int, metavar="I", help="which this is, from 0")
 
 
+def _add_trackers(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--tracker",
+        action="append",
+        default=[],
+        metavar="NAME[:PROJECT]",
+        help="also log to wandb or mlflow, which may fail without harm; repeatable",
+    )
+    command.add_argument("--wandb", metavar="PROJECT", help="short for --tracker wandb:PROJECT")
+
+
 def _add_sweep(sweep: argparse.ArgumentParser) -> None:
+    _add_trackers(sweep)
     sweep.add_argument("file", type=Path, help="a file of experiments/")
     sweep.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="only these rows")
     sweep.add_argument("--seeds", nargs="+", default=[], metavar="SEED", help="only these seeds")
@@ -644,27 +649,16 @@ def _numbers(words: Sequence[str]) -> list[int]:
     return found
 
 
+def _trackers(options: argparse.Namespace) -> tuple[str, ...]:
+    """The trackers that were asked for."""
+    return (*options.tracker, *([f"wandb:{options.wandb}"] if options.wandb else []))
+
+
 def _tracker(options: argparse.Namespace) -> Callable[[Any], Any]:
-    """What gives a run the callbacks of the trackers that were asked for."""
-    asked = [*options.tracker, *([f"wandb:{options.wandb}"] if options.wandb else [])]
-    if not asked:
-        return lambda run: {}
-    from cnnlab import config as config_lib
-    from cnnlab import parallel
-    from cnnlab.training import trackers
+    """What gives a run their callbacks."""
+    from cnnlab.sweep import executor
 
-    if not parallel.is_first():
-        return lambda run: {}
-
-    def track(run: Any) -> Any:
-        about = {
-            "name": f"{run.row}, seed {run.seed}",
-            "identity": run.identity,
-            "config": config_lib.plain(run.config),
-        }
-        return trackers.merge(*(trackers.create(text, **about) for text in asked))
-
-    return track
+    return functools.partial(executor.tracked, _trackers(options))
 
 
 def _table(options: argparse.Namespace, changes: dict[str, str]) -> int:
@@ -778,6 +772,7 @@ def _sweep(options: argparse.Namespace, changes: dict[str, str]) -> int:
         options.strategy,
         options.lease_seconds,
         store if "://" in store or not store else str(Path(store).absolute()),
+        _trackers(options),
     )
     try:
         with options.stop.gently(tell) as stop:

@@ -49,6 +49,20 @@ def finished(run: Run, runs_folder: Path) -> dict[str, Any] | None:
     return result | {"row": run.row}
 
 
+def tracked(names: Sequence[str], run: Run) -> loop.Callbacks:
+    """The callbacks of the trackers of these names, each as `trackers.create` takes it.
+
+    Raises:
+        CnnlabError: there is no such tracker, or its package is not installed.
+    """
+    if not parallel.is_first():
+        return {}
+    called, config = f"{run.row}, seed {run.seed}", config_lib.plain(run.config)
+    return trackers.merge(
+        *(trackers.create(n, name=called, identity=run.identity, config=config) for n in names)
+    )
+
+
 def execute(
     runs: Sequence[Run],
     runs_folder: Path,
@@ -73,7 +87,7 @@ def execute(
         runs_folder: where the runs' folders lie.
         programs: the compiled programs, shared.
         progress: told of begins and ends.
-        track: more callbacks for a run; see `cnnlab.training.trackers`.
+        track: more callbacks for a run; see `tracked`.
         should_stop: see `loop.fit`.
         together: how many runs of a cohort are trained at once; 0: all.
         strategy: how they are, see `cnnlab.training.strategies`; `auto` measures.

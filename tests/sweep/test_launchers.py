@@ -15,6 +15,7 @@ import pytest
 from cnnlab import cli, record
 from cnnlab.sweep import launchers
 from cnnlab.sweep.launchers import local
+from cnnlab.training import trackers
 from cnnlab.types import CnnlabError
 
 EXPERIMENT = '''"""Twelve runs of two programs."""
@@ -294,3 +295,19 @@ def test_a_mistake_is_told_before_anything_starts(
     assert cli.main(["sweep", str(sequential / FILE), *places, *words]) == 2
     error = capsys.readouterr().err
     assert re.search(message, error), error
+
+
+def test_workers_report_to_the_trackers(sequential, tmp_path, monkeypatch):
+    seen = []
+
+    def fake(project, *, name, identity, config):
+        return {"end": (lambda event: seen.append((project, name, config["seed"], event.step)),)}
+
+    monkeypatch.setitem(trackers.TRACKERS, "wandb", fake)
+    task = launchers.Work(
+        sequential / FILE, tmp_path / "runs", ("wide 0.1",), trackers=("wandb:p",)
+    )
+    launchers.work(task)
+    steps = {step for *_, step in seen}
+    assert seen == [("p", f"wide 0.1, seed {seed}", seed, *steps) for seed in (0, 1)]
+    assert local.command(task)[-4:] == ["--tracker", "wandb:p", "--rows", "wide 0.1"]

@@ -33,7 +33,7 @@ from cnnlab import record
 from cnnlab.sweep import executor, experiment, leases
 from cnnlab.sweep.experiment import Loaded, Run
 from cnnlab.sweep.progress import LiveProgress
-from cnnlab.training import loop, strategies
+from cnnlab.training import loop, strategies, trackers
 from cnnlab.training.step import Programs
 
 LAUNCHERS = ("local", "ray", "slurm")
@@ -64,6 +64,7 @@ class Work:
         lease_seconds: after how long without a heartbeat a worker counts as dead.
         store: where finished runs and leases lie if not in `runs`: a folder, or an address of
             object storage such as `gs://bucket/folder`. Unfinished runs stay where they train.
+        trackers: what else the runs are logged to, each as `trackers.create` takes it.
     """
 
     file: Path
@@ -74,6 +75,7 @@ class Work:
     strategy: str = strategies.AUTO
     lease_seconds: float = leases.SECONDS
     store: str = ""
+    trackers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Checks what would otherwise be told by each worker."""
@@ -178,7 +180,7 @@ def work(
                             task.runs,
                             programs=programs,
                             progress=progress,
-                            track=functools.partial(_guards, by_run, journal),
+                            track=functools.partial(_callbacks, task, by_run, journal),
                             should_stop=should_stop,
                             together=task.together,
                             strategy=task.strategy,
@@ -236,6 +238,12 @@ def _take(
                     lease.release()
             if group:
                 yield group
+
+
+def _callbacks(
+    task: Work, by_run: Mapping[str, leases.Lease], journal: _Journal, run: Run
+) -> loop.Callbacks:
+    return trackers.merge(_guards(by_run, journal, run), executor.tracked(task.trackers, run))
 
 
 def _guards(by_run: Mapping[str, leases.Lease], journal: _Journal, run: Run) -> loop.Callbacks:

@@ -127,6 +127,8 @@ def command(task: Work) -> list[str]:
     words += ["--lease-seconds", str(task.lease_seconds)]
     if task.store:
         words += ["--store", task.store]
+    for tracker in task.trackers:
+        words += ["--tracker", tracker]
     if task.rows:
         words += ["--rows", *task.rows]
     if task.seeds:
