@@ -5,8 +5,8 @@
 The folder is that of `experiments/loading_speed.py`: 20,000 images of 224x224, 3 GB once decoded,
 made if it is not there. An epoch of it is streamed as training streams it, in threads and in two
 worker processes, each in a process of its own; what is counted is the memory of that process and
-its workers (proportional set size, Linux). Then an epoch is begun in its middle: its batches must be
-those that the whole one had there, to the bit.
+its workers (proportional set size, Linux). Then an epoch is begun in its middle: its batches must
+be those that the whole one had there, to the bit.
 """
 
 from __future__ import annotations
