@@ -5,10 +5,10 @@ nothing of each other. A run's state is on every device of `data`, or lies in pa
 which then holds and updates its part alone; the parameters come together for a pass (Rajbhandari et
 al. 2020, "ZeRO", section 5; Xu et al. 2020, "Automatic Cross-Replica Sharding of Weight Update").
 
-Where several processes (one a machine, as a rule) train together, all
-run the same program; the first alone writes and speaks, and whatever depends on files, signals or
-clocks is decided by it (`from_first`) or by all (`anywhere`): processes that disagree on what to
-compute next wait for each other for ever.
+Where several processes (one a machine, as a rule) train together, all run the same program; the
+first alone writes and speaks, and whatever depends on files, signals or clocks is decided by it
+(`from_first`) or by all (`anywhere`): processes that disagree on what to compute next wait for each
+other for ever. What needs no training is cut into shares that each computes alone (`shared_out`).
 """
 
 from __future__ import annotations
@@ -333,6 +333,12 @@ def whole(tree: PyTree) -> PyTree:
         if isinstance(sharding, NamedSharding):
             return _gather(sharding.mesh)(tree)
     return tree
+
+
+def on_host(array: jax.Array | np.ndarray) -> np.ndarray:
+    """An array in this process's memory, wherever its parts are."""
+    here = not isinstance(array, jax.Array) or array.is_fully_addressable
+    return np.asarray(array if here else whole(array))
 
 
 def own(mesh: Mesh) -> Mesh:

@@ -300,8 +300,7 @@ def parameters_sha256(*trees: PyTree) -> str:
     digest = hashlib.sha256()
     for tree in trees:
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-            # One at a time, as all at once may fill a device that has but a part of each.
-            array = np.asarray(parallel.whole(leaf))
+            array = parallel.on_host(leaf)
             digest.update(f"{jax.tree_util.keystr(path)}{array.dtype}{array.shape}".encode())
             digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()

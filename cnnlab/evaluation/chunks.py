@@ -56,8 +56,11 @@ def collect(
         return found
 
     def filled(number: int) -> Arrays:  # as large as the others
-        rows = np.arange(min(size, count)) % (min((number + 1) * size, count) - number * size)
-        return {name: array[rows] for name, array in part(number).items()}
+        found, least = part(number), min((number + 1) * size, count) - number * size
+        if least == min(size, count):
+            return found
+        rows = np.arange(min(size, count)) % least
+        return {name: array[rows] for name, array in found.items()}
 
     parts = parallel.shared_out(filled, -(-count // size))
     return {name: np.concatenate([part[name] for part in parts])[:count] for name in parts[0]}

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from cnnlab import parallel
 from cnnlab.evaluation import chunks, robustness
 from cnnlab.types import CnnlabError
 
@@ -36,6 +37,33 @@ def test_robust_are_those_further_than_eps_from_the_hyperplane():
     assert np.array_equal(found.robust[~near], expected[~near])
     assert 50 < found.robust.sum() < 250
     assert abs(found.images - IMAGES / 255).max() <= EPS + 1e-7
+
+
+@pytest.mark.parametrize("devices", [3, 8])
+def test_devices_share_each_batch(devices):
+    mesh = parallel.make_mesh(devices)
+    labels = (IMAGES.reshape(300, -1) / 255 @ WEIGHTS + OFFSET > 0).astype(np.int32)
+    seen = []
+
+    def spied(variables, images):
+        jax.debug.inspect_array_sharding(images, callback=seen.append)
+        return logits_of(variables, images)
+
+    everywhere = parallel.replicated(mesh)
+    split, alone = (
+        robustness.attack(
+            f"pgd(eps={EPS}, steps=3)", each, weights, IMAGES, labels, mesh=where, seed=1
+        )
+        for each, weights, where in (
+            (spied, jax.device_put(jnp.array(WEIGHTS, jnp.float32), everywhere), mesh),
+            (logits_of, jnp.array(WEIGHTS, jnp.float32), None),
+        )
+    )
+    np.testing.assert_allclose(split.images, alone.images, atol=1e-6)
+    np.testing.assert_array_equal(split.robust, alone.robust)
+    assert seen
+    assert {len(sharding.device_set) for sharding in seen} == {devices}
+    assert not any(sharding.is_fully_replicated for sharding in seen)
 
 
 def test_a_transferred_attack_is_made_for_the_source_and_judged_by_the_other():
@@ -112,9 +140,10 @@ def test_after_a_kill_the_same_outcome_costs_the_missing_chunks_only(name, tmp_p
         assert len(seen) == {"pgd": 5, "autoattack": 3}[name]
 
 
-def ensemble(own, model, variables, pixels, labels, *, eps, version, chunk):
+def ensemble(own, model, variables, pixels, labels, *, eps, version, chunk, sharding):
     """In place of AutoAttack, which takes long to compile: noise."""
     assert len(own) == len(pixels) <= 2 * chunk
+    assert sharding is None
     noise = jax.vmap(lambda key: jax.random.uniform(key, IMAGES.shape[1:], minval=-1))(own)
     made = np.clip(pixels + eps * np.asarray(noise), 0, 1)
     right = [np.asarray(model(variables, x)).argmax(1) == labels for x in (pixels, made)]
