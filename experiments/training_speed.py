@@ -638,6 +638,9 @@ def get_experiment(networks: Mapping[str, Case] = NETWORKS) -> Benchmark:
         },
         contenders={
             "cnnlab": Contender(ours, ("jax", "flax"), shared, keep_heap=True),
+            "cnnlab, oneDNN": Contender(
+                ours, ("jax", "flax"), {**shared, "CNNLAB_CPU": "onednn"}, keep_heap=True
+            ),
             "plain Flax": Contender(plain, ("jax", "flax"), shared),
             "PyTorch": Contender(pytorch, ("torch", "timm")),
             "PyTorch, kept heap": Contender(pytorch, ("torch", "timm"), keep_heap=True),
