@@ -201,6 +201,21 @@ class Notebook:
                 assert "--constraint" in words  # the image's own JAX must stay
 
 
+@pytest.fixture
+def own_configs():
+    """Forgets the modules of `configs` before a test that has others, and those after it."""
+
+    def forget():
+        names = [name for name in sys.modules if name.split(".")[0] == "configs"]
+        return {name: sys.modules.pop(name) for name in names}
+
+    known = forget()
+    yield
+    forget()
+    sys.modules.update(known)
+
+
+@pytest.mark.usefixtures("own_configs")
 def test_the_notebook_runs(notebook, root, tmp_path, monkeypatch, capsys):
     for folder, name, text in (
         ("experiments", "quickstart.py", EXPERIMENT),
@@ -210,8 +225,6 @@ def test_the_notebook_runs(notebook, root, tmp_path, monkeypatch, capsys):
         (tmp_path / folder / name).write_text(text)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    for module in [name for name in sys.modules if name.split(".")[0] == "configs"]:
-        monkeypatch.delitem(sys.modules, module)
     tiny = doctor.Work(matrix=16, images=(2, 8, 8, 64), copy=4096, calls=1)
     monkeypatch.setitem(doctor.WORK, "cpu", tiny)
     # The one kind of figure that the notebook shows; drawing all takes longer than training.
