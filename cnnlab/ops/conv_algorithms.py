@@ -10,6 +10,9 @@ bad at, by shape alone, so that one program always gives the same bits:
 
 - Convolutions that are written in another order than NHWC, HWIO, NHWC lose their fast kernel inside
   loops. Both gradients are written as plain convolutions with explicit transposes.
+- XLA's kernel gradient packs every tap's pixels anew, and of few channels that takes longer than
+  to multiply them. There one side of a matrix product holds the taps along the rows, the other
+  those along the columns: all pairs are all taps, and six arrays are written instead of nine.
 - One input channel leaves vector lanes empty. Its result is a sum of shifted products (the fused
   loop reads the image once for all taps; XLA's own convolution where barriers do not hold), its
   kernel gradient, if there are more channels than taps, one matrix product with stacked shifted
@@ -30,7 +33,7 @@ import functools
 import itertools
 import math
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +61,14 @@ matrix product is as narrow as what comes out."""
 SHORT_ROW = 3
 """Up to this many times as long as the kernel, a whole row goes through that product at once: it
 multiplies by zeros, too, but what is to be summed then lies in one piece."""
+
+CROSSED_CHANNELS, CROSSED_IMAGES, CROSSED_RESULT = 8, 192, 384
+"""The kernel gradient of a dense convolution at stride one is a product of crossed taps if images
+and result have at least so many channels, and each side of the product at most so many columns.
+Fewer don't fill it; of more, XLA's own convolution multiplies long enough to pay for packing."""
+
+CROSSED_PARTS = 8
+"""In how many products, side by side, the batch goes through it: one core works at each."""
 
 SUMMED = 16
 """How many products a depthwise kernel's gradient adds elementwise before it reduces."""
@@ -243,6 +254,8 @@ def _dense(face: Face, a: jax.Array, b: jax.Array, spec: Spec) -> jax.Array:
         return _planes(face, a, b, spec)
     if face is Face.RESULT:
         return _lax(a, b, spec.strides, spec.padding, ones, spec.dilation)
+    if face is Face.KERNEL and _crossing_pays(a.shape, b.shape, spec):
+        return _crossed(a, b, spec)
     # Rows and columns that no window reaches count as padding, so both gradients are exact.
     if face is Face.IMAGES:
         kernel = jnp.swapaxes(jnp.flip(b, axes), -1, -2)
@@ -257,6 +270,79 @@ def _dense(face: Face, a: jax.Array, b: jax.Array, spec: Spec) -> jax.Array:
     result = b.transpose(*inner, 0, b.ndim - 1)
     gradient = _lax(images, _kept_from_onednn(result), spec.dilation, pads, ones, spec.strides)
     return gradient.transpose(*inner, 0, gradient.ndim - 1)
+
+
+def _crossing_pays(images: Shape, result: Shape, spec: Spec) -> bool:
+    given, made = images[-1], result[-1]
+    return (
+        set(spec.strides) == {1}
+        and min(given, made) >= CROSSED_CHANNELS
+        and spec.kernel[-1] * given <= CROSSED_IMAGES
+        and math.prod(spec.kernel[:-1]) * made <= CROSSED_RESULT
+    )
+
+
+def _crossed(images: jax.Array, result: jax.Array, spec: Spec) -> jax.Array:
+    """The kernel gradient at stride one as a product over the pixels, taps crossed.
+
+    The convolution is split into one along the last axis and one along the others. The images'
+    side holds what the taps of the first see, [B, *images, X', columns C], the result's side what
+    the taps of the second saw, [B, *images, X', rows K].
+    """
+    one, none = (1,) * (len(spec.kernel) - 1), ((0, 0),) * (len(spec.kernel) - 1)
+    along = dataclasses.replace(
+        spec, kernel=(*one, spec.kernel[-1]), padding=(*none, spec.padding[-1])
+    )
+    across = dataclasses.replace(
+        spec,
+        images=along.result,
+        kernel=(*spec.kernel[:-1], 1),
+        padding=(*spec.padding[:-1], (0, 0)),
+    )
+    width = max(
+        math.prod(along.kernel) * images.shape[-1], math.prod(across.kernel) * result.shape[-1]
+    )
+    size = math.prod(images.shape[:-2]) * along.result[-1] * width * images.dtype.itemsize
+    pieces = min(-(-size // backend.LARGEST_PIECE), len(images))
+    step = -(-len(images) // pieces)
+    gradient = _sum(
+        _crossed_piece(images[i : i + step], result[i : i + step], along, across)
+        for i in range(0, len(images), step)
+    )
+    gradient = gradient.astype(images.dtype)
+    gradient = gradient.reshape(*along.kernel, images.shape[-1], -1, result.shape[-1])
+    return jnp.moveaxis(gradient, -2, 0).reshape(*spec.kernel, images.shape[-1], result.shape[-1])
+
+
+def _crossed_piece(images: jax.Array, result: jax.Array, along: Spec, across: Spec) -> jax.Array:
+    """Of some examples: [columns C, rows K], in float32 at least."""
+    sides = lax.optimization_barrier(
+        (
+            _beside([_shifted(images, tap, along) for tap in along.taps()]),
+            _beside([_placed(result, tap, across) for tap in across.taps()]),
+        )
+    )
+    parts = math.gcd(len(images), CROSSED_PARTS)
+    seen, placed = (side.reshape(parts, -1, side.shape[-1]) for side in sides)
+    products = lax.dot_general(
+        seen,
+        placed,
+        (((1,), (1,)), ((0,), (0,))),
+        preferred_element_type=jnp.promote_types(images.dtype, jnp.float32),
+    )
+    return products.sum(0)
+
+
+def _beside(parts: Sequence[jax.Array]) -> jax.Array:
+    """Concatenates channels, as a sum: XLA's loop for that fills vectors, unlike its own."""
+    channels = parts[0].shape[-1]
+    rest = ((0, 0, 0),) * (parts[0].ndim - 1)
+
+    def alone(part: jax.Array, i: int) -> jax.Array:
+        here = (i * channels, (len(parts) - 1 - i) * channels, 0)
+        return lax.pad(part, jnp.zeros((), part.dtype), (*rest, here))
+
+    return _sum(alone(part, i) for i, part in enumerate(parts))
 
 
 def _planes_pay(face: Face, kernel: Shape, spec: Spec) -> bool:

@@ -15,6 +15,7 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from scipy import signal
 
+from cnnlab import backend
 from cnnlab.ops import conv_algorithms as algorithms
 from cnnlab.ops import conv_primitive
 from cnnlab.ops.conv import conv, conv_transpose
@@ -30,6 +31,7 @@ ALGORITHMS = {
     "few from many, long rows": (9, 2, 1, (3, 2), (1, 1), ((1, 0), (-1, 2)), (2, 1)),
     "few from many, short rows": (9, 2, 1, (2, 4), (1, 1), "SAME", (1, 1)),
     "many from few": (2, 9, 1, (3, 3), (2, 1), ((0, 2), (1, -1)), (1, 2)),
+    "many from many": (9, 8, 1, (4, 3), (1, 1), ((2, -1), (0, 3)), (1, 2)),
     "as large as the images": (3, 5, 1, (9, 8), (1, 1), "VALID", (1, 1)),
     "pointwise": (3, 5, 1, (1, 1), (2, 1), ((1, 0), (0, 1)), (1, 1)),
 }
@@ -190,6 +192,35 @@ def test_every_transformation_equals_that_of_lax(name):
             jax.jit(functools.partial(transformed, theirs))(images, kernel),
             1e-12,
         )
+
+
+@pytest.mark.parametrize("piece", [1, 10_000, 1 << 30])
+@pytest.mark.parametrize(
+    ("shape", "window", "padding", "dilation"),
+    [
+        ((5, 11, 8), (4, 8, 9), ((3, -2),), (2,)),
+        ((5, 6, 7, 9), (3, 2, 9, 8), ((1, 1), (-1, 2)), (1, 2)),
+        ((4, 6, 1, 8), (3, 1, 8, 8), ((1, 1), (0, 0)), (1, 1)),
+        ((3, 4, 5, 3, 8), (2, 3, 2, 8, 8), ((0, 1), (1, 1), (2, 0)), (2, 1, 1)),
+    ],
+    ids=["1-D", "2-D", "size-one edge", "3-D"],
+)
+def test_crossed_taps_give_the_kernel_gradient(
+    shape, window, padding, dilation, piece, monkeypatch
+):
+    ones = (1,) * len(padding)
+    images, kernel = sample(0, *shape), sample(1, *window)
+    monkeypatch.setattr(backend, "LARGEST_PIECE", piece)
+    spec = Spec(shape[1:-1], window[:-2], ones, padding, dilation, 1)
+    cotangent = sample(2, shape[0], *spec.result, window[-1])
+    assert algorithms._crossing_pays(images.shape, cotangent.shape, spec)
+    made = jax.jit(functools.partial(algorithms.cpu, Face.KERNEL, spec=spec))
+    text = made.lower(images, cotangent).as_text()
+    assert "dot_general" in text
+    assert "convolution" not in text
+    wide = [np.asarray(a, np.float64) for a in (images, kernel, cotangent)]
+    _, _, expected = direct(*wide, strides=ones, padding=padding, dilation=dilation, groups=1)
+    close(made(images, cotangent), expected.astype(np.float32), 2e-6)
 
 
 def test_few_channels_come_from_matrix_products():
