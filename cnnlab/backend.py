@@ -9,7 +9,12 @@ Three of the defaults cost convolutional networks on CPU a factor of two and mor
   concerned.
 - XLA asks the C library for the memory of temporaries and results at each call and gives it back
   after it; glibc returns such large pieces to the kernel, so each call faults all its pages in
-  again, at a tenth of the speed of memory that is there. `keep_heap` keeps them.
+  again, at a tenth of the speed of memory that is there. `keep_heap` keeps them. A thread's share
+  of glibc's heap (an arena; only the main thread's is unbounded) ends at 64 MiB, and all
+  temporaries of a program together, which XLA asks for in one piece, exceed that. So `jit` has it
+  ask for several of at most 48 MiB, unless a single array is larger. One arena for all threads
+  would hold any piece, but then threads wait for each other: training steps took up to a quarter
+  longer so, and compilation half as long again.
 
 All are safe (nothing changes but rounding) and optional. `CNNLAB_CPU` in the environment chooses:
 `plain` leaves JAX as it comes, `fast` is the default, and `onednn` also hands convolutions to
@@ -22,6 +27,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -32,15 +38,19 @@ VARIABLE = "CNNLAB_CPU"
 CHOICES = ("fast", "onednn", "plain")
 
 # glibc's <malloc.h>, mallopt(3).
-_M_MXFAST, _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = 1, -1, -4, -8
+_M_MXFAST, _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = 1, -1, -2, -4
+_ARENA = 64 << 20
 _SETTINGS = (
-    (_M_ARENA_MAX, 1),  # or a thread's arena, which ends at 64 MiB, sends larger pieces to mmap
     (_M_MMAP_MAX, 0),  # large pieces from the heap, not from mmap
     (_M_TRIM_THRESHOLD, 2**31 - 1),  # never shrink the heap
+    (_M_TOP_PAD, _ARENA),  # nor give back what a thread's arena has grown by
     (_M_MXFAST, 0),  # let the slivers that alignment leaves merge back, so that pieces fit again
 )
 
 Options = dict[str, bool | int | str]
+
+PIECES = "xla_multiheap_size_constraint_per_heap"
+LARGEST_PIECE = 3 * _ARENA // 4
 
 OPTIONS: dict[str, Options] = {
     "plain": {},
@@ -48,6 +58,8 @@ OPTIONS: dict[str, Options] = {
         # Replaces XLA's list, convolutions and reductions, by reductions alone.
         "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE",
         "xla_cpu_prefer_vector_width": 512,
+        # Temporaries in pieces that fit a thread's arena, in bytes.
+        PIECES: LARGEST_PIECE,
     },
 }
 OPTIONS["onednn"] = {
@@ -75,8 +87,9 @@ def choice() -> str:
 def keep_heap() -> bool:
     """Lets the process keep the memory it has freed, so that XLA finds it again at the next call.
 
-    Call it before JAX runs anything: threads that have a heap of their own by then keep it. The
-    process holds on to the most memory that it ever used. Needs glibc; imports nothing heavy.
+    Call it before JAX runs anything. The process holds on to the most memory that it ever used.
+    Needs glibc; imports nothing heavy. Silences XLA's warnings (not its errors) unless
+    `TF_CPP_MIN_LOG_LEVEL` says otherwise: it has one for each array larger than a piece.
 
     Returns:
         Whether the setting is in effect: not off Linux, with another C library, or where
@@ -87,6 +100,7 @@ def keep_heap() -> bool:
     library = ctypes.CDLL(None)
     if not hasattr(library, "mallopt") or not hasattr(library, "gnu_get_libc_version"):
         return False
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     results = [library.mallopt(*setting) for setting in _SETTINGS]  # all, whatever one says
     return all(results)
 
@@ -132,10 +146,59 @@ def _known(name: str, value: bool | int | str) -> bool:
 
 
 def jit(function: Callable[..., Any], **settings: Any) -> Any:
-    """`jax.jit` with the options that make XLA fast on CPU."""
+    """`jax.jit` with the options that make XLA fast on CPU, for functions called from Python.
+
+    What is called first decides whether the program's temporaries come in pieces; the result has
+    `lower` and `trace`, as that of `jax.jit` has.
+    """
     import jax
 
-    return jax.jit(function, compiler_options=compiler_options(), **settings)
+    options = compiler_options()
+    if PIECES not in options:
+        return jax.jit(function, compiler_options=options, **settings)
+    whole = {name: value for name, value in options.items() if name != PIECES}
+    forms = (jax.jit(function, compiler_options=each, **settings) for each in (options, whole))
+    return _Sized(*forms)
+
+
+class _Sized:
+    """Of two jitted forms of a function, the one that its arrays' sizes ask for."""
+
+    def __init__(self, pieces: Any, whole: Any) -> None:
+        self._pieces, self._whole = pieces, whole
+        self._chosen: Any = None
+
+    def _form(self, *args: Any, **kwargs: Any) -> Any:
+        if self._chosen is None:
+            # JAX keeps the trace, so the call that follows does not make it again.
+            largest = _largest(self._pieces.trace(*args, **kwargs).jaxpr)
+            self._chosen = self._pieces if largest <= LARGEST_PIECE else self._whole
+        return self._chosen
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return (self._chosen or self._form(*args, **kwargs))(*args, **kwargs)
+
+    def lower(self, *args: Any, **kwargs: Any) -> Any:
+        return self._form(*args, **kwargs).lower(*args, **kwargs)
+
+    def trace(self, *args: Any, **kwargs: Any) -> Any:
+        return self._form(*args, **kwargs).trace(*args, **kwargs)
+
+
+def _largest(jaxpr: Any) -> int:
+    """Bytes of the largest array that a traced program makes, in whatever part of it."""
+    import jax
+
+    sizes = [0]
+    for equation in jaxpr.eqns:
+        for made in equation.outvars:
+            width = getattr(getattr(made.aval, "dtype", None), "itemsize", 0)
+            sizes.append(width * math.prod(getattr(made.aval, "shape", ())))
+        for inner in jax.tree.leaves(list(equation.params.values())):
+            inner = getattr(inner, "jaxpr", inner)  # closed or open
+            if hasattr(inner, "eqns"):
+                sizes.append(_largest(inner))
+    return max(sizes)
 
 
 def described() -> dict[str, object]:
