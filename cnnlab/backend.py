@@ -11,10 +11,10 @@ Three of the defaults cost convolutional networks on CPU a factor of two and mor
   after it; glibc returns such large pieces to the kernel, so each call faults all its pages in
   again, at a tenth of the speed of memory that is there. `keep_heap` keeps them. A thread's share
   of glibc's heap (an arena; only the main thread's is unbounded) ends at 64 MiB, and all
-  temporaries of a program together, which XLA asks for in one piece, exceed that. So `jit` has it
-  ask for several of at most 48 MiB, unless a single array is larger. One arena for all threads
-  would hold any piece, but then threads wait for each other: training steps took up to a quarter
-  longer so, and compilation half as long again.
+  temporaries of a program together, which XLA asks for in one piece, exceed that. So
+  `jit(..., often=True)` has it ask for several of at most 48 MiB, unless a single array is larger.
+  One arena for all threads would hold any piece, but then threads wait for each other: training
+  steps took up to a quarter longer so, and compilation half as long again.
 
 All are safe (nothing changes but rounding) and optional. `CNNLAB_CPU` in the environment chooses:
 `plain` leaves JAX as it comes, `fast` is the default, and `onednn` also hands convolutions to
@@ -30,6 +30,7 @@ import functools
 import math
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,8 +59,6 @@ OPTIONS: dict[str, Options] = {
         # Replaces XLA's list, convolutions and reductions, by reductions alone.
         "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE",
         "xla_cpu_prefer_vector_width": 512,
-        # Temporaries in pieces that fit a thread's arena, in bytes.
-        PIECES: LARGEST_PIECE,
     },
 }
 OPTIONS["onednn"] = {
@@ -118,11 +117,14 @@ def keep_programs() -> None:
 
 
 @functools.cache
-def compiler_options() -> Options:
+def compiler_options(*, often: bool = False) -> Options:
     """Options for `jax.jit(..., compiler_options=)` on the default backend; none but on CPU.
 
     A jaxlib that does not know one of them compiles without it. Those of `onednn` turn the
     persistent compilation cache off.
+
+    Args:
+        often: as for `jit`.
     """
     import jax
 
@@ -130,7 +132,12 @@ def compiler_options() -> Options:
         return {}
     if choice() == "onednn":
         jax.config.update("jax_enable_compilation_cache", False)  # or every store fails
-    return {name: value for name, value in OPTIONS[choice()].items() if _known(name, value)}
+    options = OPTIONS[choice()]
+    if often and options:
+        options = {**options, PIECES: LARGEST_PIECE}
+        # That a program of several pieces can't be stored is known, and said in `jit`.
+        warnings.filterwarnings("ignore", "Error writing .*Multiple temp buffer allocations found")
+    return {name: value for name, value in options.items() if _known(name, value)}
 
 
 def _known(name: str, value: bool | int | str) -> bool:
@@ -145,20 +152,29 @@ def _known(name: str, value: bool | int | str) -> bool:
     return True
 
 
-def jit(function: Callable[..., Any], **settings: Any) -> Any:
+def jit(function: Callable[..., Any], *, often: bool = False, **settings: Any) -> Any:
     """`jax.jit` with the options that make XLA fast on CPU, for functions called from Python.
 
-    What is called first decides whether the program's temporaries come in pieces; the result has
-    `lower` and `trace`, as that of `jax.jit` has.
+    Args:
+        function: what to compile.
+        often: whether a process calls it so many times that speed counts more than compilation, as
+            training steps. Then its temporaries come in pieces that the heap keeps, unless the
+            first call's arrays are too large for that; a program with more than one piece is not
+            stored in the compilation cache.
+        settings: those of `jax.jit`.
+
+    Returns:
+        What `jax.jit` returns or, if it is called often, a function with the same `lower` and
+        `trace`.
     """
     import jax
 
     options = compiler_options()
-    if PIECES not in options:
-        return jax.jit(function, compiler_options=options, **settings)
-    whole = {name: value for name, value in options.items() if name != PIECES}
-    forms = (jax.jit(function, compiler_options=each, **settings) for each in (options, whole))
-    return _Sized(*forms)
+    whole = jax.jit(function, compiler_options=options, **settings)
+    in_pieces = compiler_options(often=often)
+    if in_pieces == options:
+        return whole
+    return _Sized(jax.jit(function, compiler_options=in_pieces, **settings), whole)
 
 
 class _Sized:
@@ -184,6 +200,9 @@ class _Sized:
     def trace(self, *args: Any, **kwargs: Any) -> Any:
         return self._form(*args, **kwargs).trace(*args, **kwargs)
 
+    def _cache_size(self) -> int:  # JAX's own name for how many variants are compiled
+        return self._pieces._cache_size() + self._whole._cache_size()
+
 
 def _largest(jaxpr: Any) -> int:
     """Bytes of the largest array that a traced program makes, in whatever part of it."""
@@ -204,4 +223,4 @@ def _largest(jaxpr: Any) -> int:
 def described() -> dict[str, object]:
     """What is in effect, for the record of a run."""
     kept = keep_heap.cache_info().currsize > 0 and keep_heap()  # says, and changes nothing
-    return {"kept_heap": kept, "compiler_options": dict(compiler_options())}
+    return {"kept_heap": kept, "compiler_options": dict(compiler_options(often=True))}

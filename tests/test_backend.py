@@ -83,10 +83,9 @@ def faulting(f):
         jax.block_until_ready(f(x))
         count += i >= 30 and resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before > 4096
     return count
-made = backend.jit(function)
+made = backend.jit(function, often=True)
 temporaries = made.lower(x).compile().memory_analysis().temp_size_in_bytes
-options = {k: v for k, v in backend.compiler_options().items() if k != backend.PIECES}
-whole = jax.jit(function, compiler_options=options)
+whole = backend.jit(function)
 print(json.dumps([temporaries, faulting(made), faulting(whole)]))
 """
     temporaries, in_pieces, whole = in_process(code)
@@ -114,7 +113,7 @@ def test_the_largest_array_is_found_wherever_it_is_made(function, numbers):
 @pytest.mark.parametrize(("more", "in_pieces"), [(0, True), (1, False)])
 def test_temporaries_come_in_pieces_unless_one_array_is_larger(more, in_pieces):
     count = backend.LARGEST_PIECE // 4 + more
-    made = backend.jit(lambda x: jnp.broadcast_to(x, (count,)).sum())
+    made = backend.jit(lambda x: jnp.broadcast_to(x, (count,)).sum(), often=True)
     made.trace(jnp.float32(1))
     assert (made._chosen is made._pieces) == in_pieces
 
@@ -126,7 +125,7 @@ def test_a_sized_program_is_traced_once_and_donates():
         traces.append(x.shape)
         return x + 1
 
-    made = backend.jit(function, donate_argnums=0)
+    made = backend.jit(function, often=True, donate_argnums=0)
     given = jnp.ones(3)
     assert made(given).tolist() == [2, 2, 2]
     assert given.is_deleted()
@@ -141,7 +140,8 @@ def test_plain_leaves_jax_as_it_comes():
     code = "import json; from cnnlab import backend; print(json.dumps(backend.described()))"
     assert in_process(code, CNNLAB_CPU="plain") == {"kept_heap": False, "compiler_options": {}}
     said = in_process(code, CNNLAB_CPU="onednn")
-    assert said == {"kept_heap": False, "compiler_options": backend.OPTIONS["onednn"]}
+    options = {**backend.OPTIONS["onednn"], backend.PIECES: backend.LARGEST_PIECE}
+    assert said == {"kept_heap": False, "compiler_options": options}
 
 
 def test_a_misspelt_choice_is_named(monkeypatch):

@@ -383,7 +383,7 @@ def _programs(logits_fn: Callable[..., jax.Array], part: Part, norm: str) -> _Pr
     def take(state: Any, rows: jax.Array) -> Any:
         return jax.tree.map(lambda each: each[rows], state)
 
-    return _Programs(*(backend.jit(each) for each in (start, block, outcome, take)))
+    return _Programs(*(backend.jit(each, often=True) for each in (start, block, outcome, take)))
 
 
 @functools.lru_cache(maxsize=64)

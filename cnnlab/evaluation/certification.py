@@ -348,7 +348,7 @@ def _adder(logits_of: LogitsOf, draws: int, mesh: Mesh) -> Any:
         found = hits[None] & of_phase[..., None]
         return counts + found.reshape(2, len(images), draws, -1).sum(2, dtype=jnp.int32)
 
-    return backend.jit(add, out_shardings=parallel.replicated(mesh))
+    return backend.jit(add, often=True, out_shardings=parallel.replicated(mesh))
 
 
 def summary(counts: Counts, labels: np.ndarray, smoothing: Smoothing) -> dict[str, Any]:

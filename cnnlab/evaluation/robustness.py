@@ -218,5 +218,5 @@ def _program(
         before, after = (jnp.argmax(model(x), -1) == labels for x in (pixels, changed))
         return changed, before, after
 
-    program: Callable[..., tuple[jax.Array, jax.Array, jax.Array]] = backend.jit(run)
+    program: Callable[..., tuple[jax.Array, jax.Array, jax.Array]] = backend.jit(run, often=True)
     return program

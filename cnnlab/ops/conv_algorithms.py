@@ -70,7 +70,7 @@ Fewer don't fill it; of more, XLA's own convolution multiplies long enough to pa
 CROSSED_PARTS = 8
 """In how many products, side by side, the batch goes through it: one core works at each."""
 
-SUMMED = 16
+SUMMED = 8
 """How many products a depthwise kernel's gradient adds elementwise before it reduces."""
 
 

@@ -389,7 +389,9 @@ def make_program(config: ConfigDict, info: DatasetInfo) -> Program:
         module=module,
         mesh=mesh,
         init=init,
-        train_step=backend.jit(train_step, donate_argnums=0, out_shardings=(laid, everywhere)),
+        train_step=backend.jit(
+            train_step, often=True, donate_argnums=0, out_shardings=(laid, everywhere)
+        ),
         sharded=sharded,
         together=functools.cache(
             lambda strategy, members: strategies.combine(strategy, members, train_step, mesh)

@@ -131,7 +131,7 @@ def combine(strategy: str, members: int, step: Step, solo_mesh: Mesh) -> Togethe
         function = {"map": mapped, "unrolled": unrolled, "vmap": vectorised}[strategy]
         take = jax.jit(lambda states, i: jax.tree.map(lambda x: x[i], states), out_shardings=solo)
         return Together(
-            backend.jit(function, donate_argnums=0, out_shardings=solo),
+            backend.jit(function, often=True, donate_argnums=0, out_shardings=solo),
             place=lambda tree: tree,
             spread=lambda fed: fed,
             member=take,
@@ -174,7 +174,7 @@ def combine(strategy: str, members: int, step: Step, solo_mesh: Mesh) -> Togethe
         return Fed(images, labels, np.asarray(fed.indices))
 
     return Together(
-        backend.jit(on_devices, donate_argnums=0, out_shardings=split),
+        backend.jit(on_devices, often=True, donate_argnums=0, out_shardings=split),
         place=lambda tree: jax.device_put(tree, split),
         spread=spread,
         member=lambda states, index: jax.device_put(jax.tree.map(lambda x: x[index], states), solo),
