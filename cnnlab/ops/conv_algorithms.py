@@ -276,6 +276,7 @@ def _crossing_pays(images: Shape, result: Shape, spec: Spec) -> bool:
     given, made = images[-1], result[-1]
     return (
         set(spec.strides) == {1}
+        and isinstance(images[0], int)  # a batch that `jax.export` left open can't be divided
         and min(given, made) >= CROSSED_CHANNELS
         and spec.kernel[-1] * given <= CROSSED_IMAGES
         and math.prod(spec.kernel[:-1]) * made <= CROSSED_RESULT
@@ -435,12 +436,12 @@ def _pointwise(face: Face, a: jax.Array, b: jax.Array, spec: Spec) -> jax.Array:
 
 def _whole(face: Face, a: jax.Array, b: jax.Array) -> jax.Array:
     """A kernel as large as the images: one window, so one matrix product of all pixels."""
-    a = a.reshape(len(a), -1)
+    a = a.reshape(a.shape[0], -1)
     if face is Face.RESULT:
         return a @ b.reshape(-1, b.shape[-1])
     if face is Face.IMAGES:
         return a @ b.reshape(-1, b.shape[-1]).T
-    return a.T @ b.reshape(len(b), -1)
+    return a.T @ b.reshape(b.shape[0], -1)
 
 
 def _product(images: jax.Array, matrix: jax.Array) -> jax.Array:
@@ -584,7 +585,10 @@ def _part_sums(images: jax.Array, result: jax.Array, tap: Shape, spec: Spec) -> 
     seen, at = _overlap(tap, spec)
     products = (images[seen], result[at])
     shape = products[1].shape
-    axis = 0 if shape[0] >= SUMMED else max(range(len(shape) - 1), key=shape.__getitem__)
+    known = range(
+        0 if isinstance(shape[0], int) else 1, len(shape) - 1
+    )  # `jax.export` leaves b open
+    axis = 0 if 0 in known and shape[0] >= SUMMED else max(known, key=shape.__getitem__)
     step = -(-shape[axis] // SUMMED)
     pieces = []
     for start in range(0, shape[axis], max(step, 1)):

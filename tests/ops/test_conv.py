@@ -312,6 +312,16 @@ def test_exports_with_a_symbolic_batch_and_chooses_by_platform():
     assert "stablehlo.convolution" not in text("cpu")
 
 
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_gradients_export_with_a_symbolic_batch(name):
+    ours, _, images, kernel = pair(name)
+    gradients = jax.jit(jax.grad(lambda i, k: jnp.sum(jnp.tanh(ours(i, k))), (0, 1)))
+    (batch,) = jax.export.symbolic_shape("b")
+    shape = jax.ShapeDtypeStruct((batch, *images.shape[1:]), images.dtype)
+    exported = jax.export.export(gradients)(shape, kernel)
+    close(exported.call(images, kernel), gradients(images, kernel), 2e-6)
+
+
 def test_jax_still_has_what_the_primitive_leans_on():
     needed = {
         "jax.extend.core.Primitive": hasattr(core, "Primitive"),
