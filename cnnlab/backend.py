@@ -140,6 +140,7 @@ def compiler_options(*, often: bool = False) -> Options:
     return {name: value for name, value in options.items() if _known(name, value)}
 
 
+@functools.cache  # asked for both kinds of programs
 def _known(name: str, value: bool | int | str) -> bool:
     import jax
 
