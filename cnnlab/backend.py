@@ -1,6 +1,6 @@
 """What makes XLA's CPU backend fast: its compile options and the process's heap.
 
-Three of the defaults cost convolutional networks on CPU a factor of two and more:
+Four of the defaults cost convolutional networks on CPU a factor of two and more:
 
 - XLA hands convolutions to YNNPACK, which takes up to twice as long as the Eigen kernels that it
   replaces, and two to four times for kernel gradients. `jit` compiles without it.
@@ -16,10 +16,14 @@ Three of the defaults cost convolutional networks on CPU a factor of two and mor
   One arena for all threads would hold any piece, but then threads wait for each other: training
   steps took up to a quarter longer so, and compilation half as long again.
 
-All are safe (nothing changes but rounding) and optional. `CNNLAB_CPU` in the environment chooses:
-`plain` leaves JAX as it comes, `fast` is the default, and `onednn` also hands convolutions to
-oneDNN, which is up to twice as fast with few channels on jax 0.12 and changes nothing on 0.10; but
-such programs can't be stored in the compilation cache, so each process compiles them anew.
+- XLA leaves oneDNN aside, which is up to twice as fast as Eigen with few channels (jax 0.12; on
+  0.10 asking for it changes nothing). A program with a call of it can't be stored in the
+  compilation cache, so `jit(..., often=True)` hands over the convolutions and products of large
+  programs alone: those that could hardly be stored for their several pieces either.
+
+All are safe (nothing changes but rounding) and optional. What a program gets follows from its
+shapes, never from timing. `CNNLAB_CPU` in the environment chooses: `fast` is the default, `eigen`
+the same without oneDNN, `onednn` has all programs use it, and `plain` leaves JAX as it comes.
 `described` says what is in effect; every record keeps it.
 """
 
@@ -31,12 +35,12 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 VARIABLE = "CNNLAB_CPU"
-CHOICES = ("fast", "onednn", "plain")
+CHOICES = ("fast", "eigen", "onednn", "plain")
 
 # glibc's <malloc.h>, mallopt(3).
 _M_MXFAST, _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = 1, -1, -2, -4
@@ -52,20 +56,30 @@ Options = dict[str, bool | int | str]
 
 PIECES = "xla_multiheap_size_constraint_per_heap"
 LARGEST_PIECE = 3 * _ARENA // 4
+# The sum of the arrays that a traced training step makes, of whatever network, is eight to ten
+# times what its temporaries take: beyond this they hardly fit in one piece.
+LARGE_PROGRAM = 8 * LARGEST_PIECE
 
-OPTIONS: dict[str, Options] = {
-    "plain": {},
-    "fast": {
-        # Replaces XLA's list, convolutions and reductions, by reductions alone.
-        "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE",
-        "xla_cpu_prefer_vector_width": 512,
-    },
-}
-OPTIONS["onednn"] = {
-    **OPTIONS["fast"],
+ONEDNN: Options = {
     "xla_cpu_use_onednn": True,
     "xla_cpu_experimental_onednn_custom_call": True,
 }
+_FAST: Options = {
+    # Replaces XLA's list, convolutions and reductions, by reductions alone.
+    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE",
+    "xla_cpu_prefer_vector_width": 512,
+}
+OPTIONS: dict[str, Options] = {
+    "plain": {},
+    "eigen": _FAST,
+    "fast": _FAST,
+    "onednn": {**_FAST, **ONEDNN},
+}
+# That such programs can't be stored is known, and said in `jit`.
+_NOT_STORED = (
+    "Error writing .*Multiple temp buffer allocations found",
+    "Error writing .*std::bad_alloc",  # of oneDNN's calls
+)
 
 
 def choice() -> str:
@@ -117,26 +131,27 @@ def keep_programs() -> None:
 
 
 @functools.cache
-def compiler_options(*, often: bool = False) -> Options:
+def compiler_options(*, often: bool = False, large: bool = False) -> Options:
     """Options for `jax.jit(..., compiler_options=)` on the default backend; none but on CPU.
 
-    A jaxlib that does not know one of them compiles without it. Those of `onednn` turn the
-    persistent compilation cache off.
+    A jaxlib that does not know one of them compiles without it.
 
     Args:
         often: as for `jit`.
+        large: whether it is a large program, as `jit` judges it.
     """
     import jax
 
     if jax.default_backend() != "cpu":
         return {}
-    if choice() == "onednn":
-        jax.config.update("jax_enable_compilation_cache", False)  # or every store fails
     options = OPTIONS[choice()]
     if often and options:
         options = {**options, PIECES: LARGEST_PIECE}
-        # That a program of several pieces can't be stored is known, and said in `jit`.
-        warnings.filterwarnings("ignore", "Error writing .*Multiple temp buffer allocations found")
+    if large and choice() == "fast":
+        options = {**options, **ONEDNN}
+    if options:
+        for message in _NOT_STORED:
+            warnings.filterwarnings("ignore", message)
     return {name: value for name, value in options.items() if _known(name, value)}
 
 
@@ -159,37 +174,41 @@ def jit(function: Callable[..., Any], *, often: bool = False, **settings: Any) -
     Args:
         function: what to compile.
         often: whether a process calls it so many times that speed counts more than compilation, as
-            training steps. Then its temporaries come in pieces that the heap keeps, unless the
-            first call's arrays are too large for that; a program with more than one piece is not
-            stored in the compilation cache.
+            training steps. Then the first call's arrays decide. The program's temporaries come in
+            pieces that the heap keeps, unless one array is too large for that, and a large program
+            (its arrays come to `LARGE_PROGRAM` bytes) uses oneDNN; with more than one piece, or
+            with oneDNN, it is not stored in the compilation cache.
         settings: those of `jax.jit`.
 
     Returns:
         What `jax.jit` returns or, if it is called often, a function with the same `lower` and
-        `trace`.
+        `trace`, and `options`: the compiler options, known once it was called.
     """
     import jax
 
     options = compiler_options()
-    whole = jax.jit(function, compiler_options=options, **settings)
-    in_pieces = compiler_options(often=often)
-    if in_pieces == options:
-        return whole
-    return _Sized(jax.jit(function, compiler_options=in_pieces, **settings), whole)
+    if not often or not options:
+        return jax.jit(function, compiler_options=options, **settings)
+    return _Sized(function, settings)
 
 
 class _Sized:
-    """Of two jitted forms of a function, the one that its arrays' sizes ask for."""
+    """A jitted function whose compiler options follow from its arrays' sizes."""
 
-    def __init__(self, pieces: Any, whole: Any) -> None:
-        self._pieces, self._whole = pieces, whole
+    def __init__(self, function: Callable[..., Any], settings: dict[str, Any]) -> None:
+        self._function, self._settings = function, settings
         self._chosen: Any = None
+        self.options: Options = {}  # filled in by the first call
 
     def _form(self, *args: Any, **kwargs: Any) -> Any:
         if self._chosen is None:
-            # JAX keeps the trace, so the call that follows does not make it again.
-            largest = _largest(self._pieces.trace(*args, **kwargs).jaxpr)
-            self._chosen = self._pieces if largest <= LARGEST_PIECE else self._whole
+            import jax
+
+            # JAX keeps a function's trace whatever it is compiled with, so this is the only one.
+            traced = jax.jit(self._function, **self._settings).trace(*args, **kwargs)
+            options = _options_for(list(_sizes(traced.jaxpr)))
+            self.options.update(options)
+            self._chosen = jax.jit(self._function, compiler_options=options, **self._settings)
         return self._chosen
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -202,26 +221,45 @@ class _Sized:
         return self._form(*args, **kwargs).trace(*args, **kwargs)
 
     def _cache_size(self) -> int:  # JAX's own name for how many variants are compiled
-        return self._pieces._cache_size() + self._whole._cache_size()
+        return self._chosen._cache_size() if self._chosen else 0
 
 
-def _largest(jaxpr: Any) -> int:
-    """Bytes of the largest array that a traced program makes, in whatever part of it."""
+def _options_for(sizes: list[int]) -> Options:
+    """Options of a program that is called often and makes arrays of these sizes in bytes."""
+    return compiler_options(
+        often=max(sizes, default=0) <= LARGEST_PIECE, large=sum(sizes) >= LARGE_PROGRAM
+    )
+
+
+def _sizes(jaxpr: Any) -> Iterator[int]:
+    """Bytes of each array that a traced program makes, in whatever part of it.
+
+    What a loop's body makes counts once, and what a scan stacks besides.
+    """
     import jax
 
-    sizes = [0]
     for equation in jaxpr.eqns:
+        parts = [
+            inner
+            for given in jax.tree.leaves(list(equation.params.values()))
+            if hasattr(inner := getattr(given, "jaxpr", given), "eqns")  # closed or open
+        ]
+        for inner in parts:
+            yield from _sizes(inner)
+        if parts and equation.primitive.name != "scan":
+            continue  # its results are those of its parts
         for made in equation.outvars:
             width = getattr(getattr(made.aval, "dtype", None), "itemsize", 0)
-            sizes.append(width * math.prod(getattr(made.aval, "shape", ())))
-        for inner in jax.tree.leaves(list(equation.params.values())):
-            inner = getattr(inner, "jaxpr", inner)  # closed or open
-            if hasattr(inner, "eqns"):
-                sizes.append(_largest(inner))
-    return max(sizes)
+            yield width * math.prod(getattr(made.aval, "shape", ()))
 
 
 def described() -> dict[str, object]:
     """What is in effect, for the record of a run."""
     kept = keep_heap.cache_info().currsize > 0 and keep_heap()  # says, and changes nothing
-    return {"kept_heap": kept, "compiler_options": dict(compiler_options(often=True))}
+    options = compiler_options(often=True)
+    large = compiler_options(often=True, large=True)
+    return {
+        "kept_heap": kept,
+        "compiler_options": dict(options),
+        "large_programs": {name: large[name] for name in large if name not in options},
+    }

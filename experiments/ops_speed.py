@@ -214,7 +214,7 @@ def with_jax(case: Case, ops: Any, *, outside: bool = False) -> Workload:
             run=lambda: jax.block_until_ready(compiled(*held)),
             outputs=lambda result: [np.asarray(x) for x in result],
             device=kind,
-            options=ops.options,
+            options=getattr(compiled, "options", ops.options),
         )
 
     if case["op"] == "product":

@@ -353,14 +353,16 @@ def with_jax(
     state = (params, stats, jax.tree.map(jnp.zeros_like, params))
     if case["what"] == "compile":
         described = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), state)
+        used = dict(options)
 
         def compile_anew() -> None:
             jax.clear_caches()
             # A function of its own each time: nothing that was traced before can be reused.
             fresh = jit(lambda *arguments: step(*arguments), donate_argnums=0)
             fresh.lower(described, images, labels).compile()
+            used.update(getattr(fresh, "options", {}))
 
-        return Workload(compile_anew, lambda _: [], kind, options)
+        return Workload(compile_anew, lambda _: [], kind, used)
     if case["what"] == "train":
         compiled = jit(step, donate_argnums=0)
 
@@ -374,7 +376,7 @@ def with_jax(
             velocity = traverse_util.flatten_dict(state[2], sep="/")
             return [np.asarray(loss), *(np.asarray(velocity[name]) for name in order)]
 
-        return Workload(train, loss_and_gradients, kind, options)
+        return Workload(train, loss_and_gradients, kind, getattr(compiled, "options", options))
     function, arguments = {
         "evaluate": (evaluate, (params, stats, images)),
         "pgd": (pgd, (params, stats, images, labels)),
@@ -384,7 +386,7 @@ def with_jax(
         lambda: jax.block_until_ready(compiled(*arguments)),
         lambda y: [np.asarray(y)],
         kind,
-        options,
+        getattr(compiled, "options", options),
     )
 
 

@@ -163,7 +163,6 @@ def work(case: Case, train: bool) -> Workload:
     one = jax.ShapeDtypeStruct((1, *case["input"]), jnp.float32)
     variables = module.lazy_init({"params": key, "dropout": key}, one, train=False)
     params, stats = variables["params"], variables.get("batch_stats", {})
-    known = {"items": case["batch"], "options": backend.compiler_options(often=True)}
 
     if not train:
 
@@ -175,7 +174,8 @@ def work(case: Case, train: bool) -> Workload:
         return Workload(
             lambda: jax.block_until_ready(forward(params, stats, images)),
             lambda _: [],  # nothing to agree on: the other contender does something else
-            **known,
+            items=case["batch"],
+            options=forward.options,
             facts=facts(case, module),
         )
 
@@ -204,7 +204,7 @@ def work(case: Case, train: bool) -> Workload:
         nonlocal state
         state = jax.block_until_ready(compiled(state))
 
-    return Workload(run, lambda _: [], **known)
+    return Workload(run, lambda _: [], items=case["batch"], options=compiled.options)
 
 
 def forward(case: Case) -> Workload:

