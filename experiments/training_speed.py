@@ -305,7 +305,7 @@ def with_jax(
     def started(name: str, shape: tuple[int, ...]) -> Any:
         if name in drawn:
             return jnp.array(drawn[name])
-        return jnp.full(shape, FILLS.get(name.rpartition("/")[2], 0.0))
+        return jnp.full(shape, FILLS.get(name.rpartition("/")[2], 0.0), jnp.float32)
 
     params, stats = (
         traverse_util.unflatten_dict(

@@ -70,6 +70,10 @@ Fewer don't fill it; of more, XLA's own convolution multiplies long enough to pa
 CROSSED_PARTS = 8
 """In how many products, side by side, the batch goes through it: one core works at each."""
 
+STRIDED_COLUMNS = 128
+"""At other strides it is a product for each row of taps, up to so many columns of the images; more
+cost as much to write as they save."""
+
 SUMMED = 8
 """How many products a depthwise kernel's gradient adds elementwise before it reduces."""
 
@@ -256,6 +260,8 @@ def _dense(face: Face, a: jax.Array, b: jax.Array, spec: Spec) -> jax.Array:
         return _lax(a, b, spec.strides, spec.padding, ones, spec.dilation)
     if face is Face.KERNEL and _crossing_pays(a.shape, b.shape, spec):
         return _crossed(a, b, spec)
+    if face is Face.KERNEL and _rows_pay(a.shape, b.shape, spec):
+        return _by_rows(a, b, spec)
     # Rows and columns that no window reaches count as padding, so both gradients are exact.
     if face is Face.IMAGES:
         kernel = jnp.swapaxes(jnp.flip(b, axes), -1, -2)
@@ -323,15 +329,41 @@ def _crossed_piece(images: jax.Array, result: jax.Array, along: Spec, across: Sp
             _beside([_placed(result, tap, across) for tap in across.taps()]),
         )
     )
-    parts = math.gcd(len(images), CROSSED_PARTS)
-    seen, placed = (side.reshape(parts, -1, side.shape[-1]) for side in sides)
+    return _over_pixels(*sides)
+
+
+def _over_pixels(seen: jax.Array, result: jax.Array) -> jax.Array:
+    """Sum over the batch and its pixels: [B, *pixels, C], [B, *pixels, K] to [C, K] in float32."""
+    parts = math.gcd(len(seen), CROSSED_PARTS)
+    seen, result = (side.reshape(parts, -1, side.shape[-1]) for side in (seen, result))
     products = lax.dot_general(
         seen,
-        placed,
+        result,
         (((1,), (1,)), ((0,), (0,))),
-        preferred_element_type=jnp.promote_types(images.dtype, jnp.float32),
+        preferred_element_type=jnp.promote_types(seen.dtype, jnp.float32),
     )
     return products.sum(0)
+
+
+def _rows_pay(images: Shape, result: Shape, spec: Spec) -> bool:
+    return (
+        max(spec.strides) > 1
+        and isinstance(images[0], int)
+        and min(images[-1], result[-1]) >= CROSSED_CHANNELS
+        and spec.kernel[-1] * images[-1] <= STRIDED_COLUMNS
+    )
+
+
+def _by_rows(images: jax.Array, result: jax.Array, spec: Spec) -> jax.Array:
+    """The kernel gradient as a product over the pixels for each row of taps."""
+    padded = _padded(images, spec)
+    taps = list(spec.taps())
+    products = []
+    for i in range(0, len(taps), spec.kernel[-1]):
+        row = [_window(padded, tap, spec) for tap in taps[i : i + spec.kernel[-1]]]
+        products.append(_over_pixels(lax.optimization_barrier(_beside(row)), result))
+    gradient = jnp.stack(products).astype(images.dtype)
+    return gradient.reshape(*spec.kernel, images.shape[-1], result.shape[-1])
 
 
 def _beside(parts: Sequence[jax.Array]) -> jax.Array:

@@ -223,6 +223,33 @@ def test_crossed_taps_give_the_kernel_gradient(
     close(made(images, cotangent), expected.astype(np.float32), 2e-6)
 
 
+@pytest.mark.parametrize(
+    ("shape", "window", "strides", "padding", "dilation"),
+    [
+        ((5, 11, 8), (4, 8, 9), (3,), ((3, -2),), (2,)),
+        ((5, 8, 9, 8), (3, 3, 8, 10), (2, 2), ((1, 1), (1, 0)), (1, 1)),
+        ((3, 8, 8, 9), (2, 2, 9, 8), (2, 2), ((0, 0), (0, 0)), (1, 1)),
+        ((4, 6, 1, 8), (3, 1, 8, 8), (1, 2), ((1, 1), (0, 0)), (1, 1)),
+        ((3, 4, 5, 6, 8), (2, 3, 2, 8, 8), (2, 1, 3), ((0, 1), (1, 1), (2, 0)), (2, 1, 1)),
+    ],
+    ids=["1-D", "2-D", "patches", "size-one edge", "3-D"],
+)
+def test_rows_of_taps_give_the_kernel_gradient_at_any_stride(
+    shape, window, strides, padding, dilation
+):
+    images, kernel = sample(0, *shape), sample(1, *window)
+    spec = Spec(shape[1:-1], window[:-2], strides, padding, dilation, 1)
+    cotangent = sample(2, shape[0], *spec.result, window[-1])
+    assert algorithms._rows_pay(images.shape, cotangent.shape, spec)
+    made = jax.jit(functools.partial(algorithms.cpu, Face.KERNEL, spec=spec))
+    text = made.lower(images, cotangent).as_text()
+    assert text.count("dot_general") == np.prod(window[:-3], dtype=int)
+    assert "convolution" not in text
+    wide = [np.asarray(a, np.float64) for a in (images, kernel, cotangent)]
+    _, _, expected = direct(*wide, strides=strides, padding=padding, dilation=dilation, groups=1)
+    close(made(images, cotangent), expected.astype(np.float32), 2e-6)
+
+
 def test_few_channels_come_from_matrix_products():
     if jax.default_backend() != "cpu":
         pytest.skip("an algorithm of the CPU backend")
