@@ -594,7 +594,8 @@ def _depthwise(face: Face, a: jax.Array, b: jax.Array, spec: Spec) -> jax.Array:
             wide = _shifted_products(a, jnp.flip(b, tuple(range(a.ndim - 2))), _flipped(spec))
         else:
             pairs = zip(spec.taps(), _rows(b, a.ndim), strict=True)
-            wide = _sum(_placed(a * row, tap, spec) for tap, row in pairs)
+            # Each reader would add up the taps anew, from as many arrays as large as the images.
+            wide = lax.optimization_barrier(_sum(_placed(a * row, tap, spec) for tap, row in pairs))
         multiplier = wide.shape[-1] // spec.groups
         return wide.reshape(*wide.shape[:-1], spec.groups, multiplier).sum(-1)
     multiplier = b.shape[-1] // spec.groups
