@@ -15,7 +15,6 @@ Four of the defaults cost convolutional networks on CPU a factor of two and more
   `jit(..., often=True)` has it ask for several of at most 48 MiB, unless a single array is larger.
   One arena for all threads would hold any piece, but then threads wait for each other: training
   steps took up to a quarter longer so, and compilation half as long again.
-
 - XLA leaves oneDNN aside, which is up to twice as fast as Eigen with few channels (jax 0.12; on
   0.10 asking for it changes nothing). A program with a call of it can't be stored in the
   compilation cache, so `jit(..., often=True)` hands over the convolutions and products of large

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
 
@@ -143,7 +144,7 @@ def test_a_large_program_uses_onednn_and_no_other_does():
     small = backend.jit(lambda x: function(x, 1), often=True)
     large = backend.jit(lambda x: function(x, 140), often=True)
     texts = [each.lower(images).compile().as_text() for each in (small, large)]
-    known = jax.__version_info__ >= (0, 11)
+    known = jax.__version_info__ >= (0, 11) and platform.machine() == "x86_64"
     assert ["onednn$" in text for text in texts] == [False, known]
     assert backend.PIECES in small.options
     assert small.options.items() | backend.ONEDNN.items() == large.options.items()
