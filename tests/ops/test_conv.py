@@ -250,6 +250,30 @@ def test_rows_of_taps_give_the_kernel_gradient_at_any_stride(
     close(made(images, cotangent), expected.astype(np.float32), 2e-6)
 
 
+def test_onednn_is_not_given_kernels_as_large_as_images():
+    spec = Spec((14, 14), (3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), 1)
+    images, cotangent = sample(0, 8, 14, 14, 4), sample(1, 8, 14, 14, 5)
+    made = functools.partial(algorithms.cpu, Face.KERNEL, spec=spec)
+    options = backend.OPTIONS["onednn"]
+    text = jax.jit(made, compiler_options=options).lower(images, cotangent).compile().as_text()
+    assert "onednn$convolution" not in text
+    assert " convolution(" in text
+    close(jax.jit(made, compiler_options=options)(images, cotangent), made(images, cotangent), 2e-6)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_readers_of_a_depthwise_image_gradient_share_one_sum(stride):
+    spec = Spec((8, 8), (3, 3), (stride, stride), ((1, 1), (1, 1)), (1, 1), 16)
+    cotangent, kernel = sample(0, 4, *spec.result, 16), sample(1, 3, 3, 1, 16)
+    jaxpr = jax.make_jaxpr(functools.partial(algorithms.cpu, Face.IMAGES, spec=spec))(
+        cotangent, kernel
+    )
+    names = [equation.primitive.name for equation in jaxpr.eqns]
+    last = len(names) - 1 - names[::-1].index("optimization_barrier")
+    assert "mul" in names[:last]
+    assert not {"mul", "add", "pad"} & set(names[last:])
+
+
 def test_few_channels_come_from_matrix_products():
     if jax.default_backend() != "cpu":
         pytest.skip("an algorithm of the CPU backend")
