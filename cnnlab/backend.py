@@ -258,6 +258,7 @@ def described() -> dict[str, object]:
     options = compiler_options(often=True)
     large = compiler_options(often=True, large=True)
     return {
+        "cnnlab_cpu": choice(),
         "kept_heap": kept,
         "compiler_options": dict(options),
         "large_programs": {name: large[name] for name in large if name not in options},

@@ -182,6 +182,7 @@ def test_the_environment_chooses(choice):
     code = "import json; from cnnlab import backend; print(json.dumps(backend.described()))"
     pieces = {backend.PIECES: backend.LARGEST_PIECE} if choice != "plain" else {}
     assert in_process(code, CNNLAB_CPU=choice) == {
+        "cnnlab_cpu": choice,
         "kept_heap": False,
         "compiler_options": backend.OPTIONS[choice] | pieces,
         "large_programs": backend.ONEDNN if choice == "fast" else {},

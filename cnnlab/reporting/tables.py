@@ -577,11 +577,13 @@ def _code(record: Record) -> str:
 def _environment(record: Record) -> str:
     found = record["environment"]
     devices = f"{found['devices']} x " if found["devices"] != 1 else ""
-    # Records from before these settings have none.
-    fast = found.get("compiler_options") or found.get("kept_heap")
+    # Records from before these settings have none, or do not say which: there was one.
+    changed = found.get("compiler_options") or found.get("kept_heap")
+    chosen = found.get("cnnlab_cpu", "fast")
     return (
         f"jax {found['jax']}, flax {found['flax']}, Python {found['python']}, "
-        f"{found['platform']} ({devices}{found['device']})" + (", CNNLAB_CPU=fast" if fast else "")
+        f"{found['platform']} ({devices}{found['device']})"
+        + (f", CNNLAB_CPU={chosen}" if changed else "")
     )
 
 

@@ -275,6 +275,21 @@ def test_code_and_environment_are_named(records, run):
     assert "same" in warning[0]
 
 
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({}, ""),
+        ({"kept_heap": True}, ", CNNLAB_CPU=fast"),
+        ({"cnnlab_cpu": "plain", "kept_heap": False, "compiler_options": {}}, ""),
+        ({"cnnlab_cpu": "eigen", "compiler_options": {"a": 1}}, ", CNNLAB_CPU=eigen"),
+    ],
+)
+def test_what_makes_cpu_fast_is_named(environment, said, run):
+    changes = {f"environment__{name}": value for name, value in environment.items()}
+    table = tables.build(spec(rows=("plain",), seeds=(0,)), [run("plain", 0, **changes)])
+    assert f"cpu (cpu){said}, 1 run." in _notes(table)
+
+
 def test_markdown_lines_up_as_text(run):
     name = "a|b *c* 漢字 _d_ x_y"
     table = tables.build(spec(rows=("plain", name), seeds=(0,)), [run("plain", 0), run(name, 0)])
