@@ -191,16 +191,19 @@ def usual_input(name: str, **fields: Any) -> tuple[tuple[int, int, int], int]:
         **fields: as for `models.create`.
 
     Returns:
-        ImageNet's, (224, 224, 3) and 1,000, for networks with published weights (the family has a
-        `published_name` that knows them); for others CIFAR's, (32, 32, 3) and 10.
+        ImageNet's, (224, 224, 3) and 1,000, for networks with its stem or with published weights
+        (the family has a `published_name` that knows them); for others CIFAR's, (32, 32, 3) and
+        10. A family's `IMAGES` (variant -> shape) says what other shape one is meant for.
 
     Raises:
         CnnlabError: an unknown model.
     """
     plugin = registry.get("models", name)
+    fields = plugin.parameters | fields
     published = getattr(plugin.module, "published_name", lambda module, **fields: None)
-    known = published(("logits",), **(plugin.parameters | fields))
-    return ((224, 224, 3), 1000) if known else ((32, 32, 3), 10)
+    large = fields.get("stem") == "imagenet" or published(("logits",), **fields)
+    shape, classes = ((224, 224, 3), 1000) if large else ((32, 32, 3), 10)
+    return getattr(plugin.module, "IMAGES", {}).get(name, shape), classes
 
 
 _LAYER, _FEATURE = "cnnlab layer ", "cnnlab feature "

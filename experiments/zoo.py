@@ -7,7 +7,8 @@ Half a minute a network on two CPU cores, most of it compilation. Forward is inf
 running statistics, training a step of SGD with momentum; batch 8 of 224x224x3 images with 1,000
 classes for the networks of ImageNet (EfficientNet-Lite at its own sizes), batch 128 of 32x32x3
 images (LeNet: 28x28x1) with 10 classes for the others. Multiply-accumulates are those of
-convolutions and dense layers for one image; the receptive field is the last feature map's.
+convolutions and dense layers for one image; the receptive field is the last feature map's, global
+where squeeze-and-excitation gates see the whole image.
 
 Published top-1 accuracies on ImageNet-1k, single crop, come from
 
@@ -102,29 +103,17 @@ PUBLISHED: dict[str, tuple[float, str]] = {
 }
 """Variant -> its published top-1 accuracy, %, and where it stands."""
 
-_LITE_SIZES = {0: 224, 1: 240, 2: 260, 3: 280, 4: 300}
 
-SIZES: dict[str, tuple[int, ...]] = {
-    f"tf_efficientnet_lite{i}": (size, size, 3) for i, size in _LITE_SIZES.items()
-}
-"""Variants that are meant for images of another size than 224x224x3."""
-
-SMALL = {"lenet", "simple", "resnet", "separable", "dilated"}
-"""Families of small images, by their files."""
-
-
-def case(name: str, family: str, fields: Case) -> Case:
+def case(name: str) -> Case:
     """What is measured of a variant."""
-    named = name.endswith("_small") and family != "convnext"  # which calls a width so
-    small = family in SMALL or fields.get("stem") == "small" or named
-    shape = (32, 32, 3) if small else SIZES.get(name, (224, 224, 3))
-    if family == "lenet":
-        shape = (28, 28, 1)
+    from cnnlab import describe
+
+    shape, classes = describe.usual_input(name)
     return {
         "model": name,
         "input": list(shape),
-        "classes": 10 if small else 1000,
-        "batch": 128 if small else 8,
+        "classes": classes,
+        "batch": 128 if classes == 10 else 8,
     }
 
 
@@ -134,14 +123,13 @@ def facts(case: Case, module: Any) -> dict[str, str]:
 
     height, width, channels = case["input"]
     found = describe.describe(module, (height, width, channels))
-    fields = [field for field in found.features[-1].receptive_field if field is not None]
-    seen = f"{fields[0].size} / {fields[0].stride}" if fields else "whole image"
+    size, stride = describe.field_words(found.features[-1].receptive_field)
     top1, source = PUBLISHED.get(case["model"], (None, "–"))
     return {
         "input": "x".join(map(str, case["input"])),
         "parameters": f"{found.parameters:,}",
         "MACs (M)": f"{found.macs / 1e6:,.1f}",
-        "receptive field / stride": seen,
+        "receptive field / stride": f"{size} / {stride}" if stride else size,
         "top-1 (%)": "–" if top1 is None else f"{top1:.2f}",
         "source": source,
     }
@@ -220,10 +208,9 @@ def get_experiment() -> Benchmark:
     """Every registered variant; those of one family together."""
     found = registry.plugins("models")
     order = sorted(found, key=lambda name: (found[name].module.__name__, list(found).index(name)))
-    families = {name: found[name].module.__name__.rpartition(".")[2] for name in order}
     shared = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     return Benchmark(
-        cases={name: case(name, families[name], found[name].parameters) for name in order},
+        cases={name: case(name) for name in order},
         contenders={
             "forward": Contender(forward, ("jax", "flax"), shared, keep_heap=True),
             "training": Contender(training, ("jax", "flax"), shared, keep_heap=True),

@@ -361,6 +361,11 @@ def test_usual_inputs():
     assert usual_input("resnet18") == ((224, 224, 3), 1000)
     assert usual_input("preact_resnet18") == ((32, 32, 3), 10)
     assert usual_input("resnet20") == ((32, 32, 3), 10)
+    assert usual_input("lenet5") == ((28, 28, 1), 10)
+    assert usual_input("drn_c_26") == ((224, 224, 3), 1000)
+    assert usual_input("drn_c_26", stem="small") == ((32, 32, 3), 10)
+    assert usual_input("tf_efficientnet_lite2") == ((260, 260, 3), 1000)
+    assert usual_input("convnext_small") == ((224, 224, 3), 1000)  # a width's name
 
 
 def test_activation_memory_follows_the_dtype():

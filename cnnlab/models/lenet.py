@@ -23,6 +23,8 @@ VARIANTS: dict[str, dict] = {
     "lenet5_modern": {"activation": "relu", "pool": "max"},
 }
 
+IMAGES: dict[str, tuple[int, int, int]] = dict.fromkeys(VARIANTS, (28, 28, 1))
+
 
 def build(
     num_outputs: int,

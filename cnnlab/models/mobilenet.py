@@ -50,18 +50,17 @@ VARIANTS: dict[str, dict] = {
     "tf_efficientnet_lite4": {**_LITE, **_factors(1.4, 1.8)},
 }
 
-# Sizes and interpolation of the lite networks: as their authors released them.
+# Sizes of the lite networks: as their authors released them.
+IMAGES: dict[str, tuple[int, int, int]] = {
+    f"tf_efficientnet_lite{i}": (size, size, 3) for i, size in enumerate((224, 240, 260, 280, 300))
+}
+
 PUBLISHED: dict[str, dict] = {
     "mobilenetv2_050": {"tag": "lamb_in1k"},
     **{f"mobilenetv2_{p}": {"tag": "ra_in1k"} for p in ("100", "110d", "120d", "140")},
     **{
-        f"tf_efficientnet_lite{i}": {
-            "tag": "in1k",
-            "size": size,
-            "mean": (0.5, 0.5, 0.5),
-            "std": (0.5, 0.5, 0.5),
-        }
-        for i, size in enumerate((224, 240, 260, 280, 300))
+        name: {"tag": "in1k", "size": size, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+        for name, (size, _, _) in IMAGES.items()
     },
 }
 

@@ -397,7 +397,6 @@ def test_the_zoo_names_every_variant_and_no_other(root):
     module, found = experiment.read(root / "experiments" / "zoo.py")
     assert set(found.cases) == set(registry.plugins("models"))
     assert set(module.PUBLISHED) <= set(found.cases)
-    assert set(module.SIZES) <= set(found.cases)
     timing.expand(root / "experiments" / "zoo.py", module, found)
     case = found.cases["resnet18"]
     assert module.facts(case, models.create("resnet18", num_outputs=1000)) == {
@@ -408,6 +407,8 @@ def test_the_zoo_names_every_variant_and_no_other(root):
         "top-1 (%)": "69.76",
         "source": "timm, tv_in1k",
     }
+    gated = module.facts(found.cases["seresnet18"], models.create("seresnet18", num_outputs=1000))
+    assert gated["receptive field / stride"] == "global"
 
 
 def test_operations_are_those_of_the_published_counts(root):
