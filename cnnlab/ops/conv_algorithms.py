@@ -20,7 +20,8 @@ bad at, by shape alone, so that one program always gives the same bits:
 - Few output channels leave them empty, too: one matrix product for all taps, then a sum of shifted
   planes (the gradient of images with three channels, say).
 - Depthwise convolutions run one channel at a time. All three faces become shifted products; the
-  kernel gradient's are added in vectors before they are reduced.
+  kernel gradient's are added in vectors before they are reduced, and with many taps, each of which
+  reads all images and results, so many examples at a time as a core's cache holds.
 - Kernels of size one, and kernels as large as the images, are matrix products.
 - A convolution with groups is one convolution a group.
 """
@@ -34,6 +35,7 @@ import itertools
 import math
 import operator
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -76,6 +78,11 @@ cost as much to write as they save."""
 
 SUMMED = 8
 """How many products a depthwise kernel's gradient adds elementwise before it reduces."""
+
+CACHED = 1024 * 1024
+"""Bytes of padded images that stay in a core's cache beside as many of a result. Of arrays four
+times as large, with more than `FUSED_TAPS` taps, it takes as many examples at a time: each tap
+reads all of both. Then twice as many products are worth their code."""
 
 
 class Face(enum.Enum):
@@ -499,6 +506,12 @@ def _padded(images: jax.Array, spec: Spec) -> jax.Array:
     return lax.pad(images, jnp.zeros((), images.dtype), config)
 
 
+def _padded_size(spec: Spec) -> Shape:
+    return tuple(
+        size + low + high for size, (low, high) in zip(spec.images, spec.padding, strict=True)
+    )
+
+
 def _window(padded: jax.Array, tap: Shape, spec: Spec) -> jax.Array:
     """What this tap of the kernel sees: [B, *result, C] of the padded images."""
     starts = tuple(t * d for t, d in zip(tap, spec.dilation, strict=True))
@@ -602,14 +615,48 @@ def _depthwise(face: Face, a: jax.Array, b: jax.Array, spec: Spec) -> jax.Array:
     aligned = a if multiplier == 1 else jnp.repeat(a, multiplier, -1)
     if face is Face.RESULT:
         return _shifted_products(aligned, b, spec)
+    known = isinstance(a.shape[0], int)  # `jax.export` may leave the batch open
+    large = known and aligned.size * aligned.dtype.itemsize >= 4 * CACHED
+    if large and math.prod(spec.kernel) > FUSED_TAPS:
+        sums = _tap_sums_by_parts(aligned, b, spec)
+    else:
+        sums = _tap_sums(aligned, b, spec, SUMMED)
+    return sums.astype(a.dtype).reshape(*spec.kernel, 1, b.shape[-1])
+
+
+def _tap_sums_by_parts(images: jax.Array, result: jax.Array, spec: Spec) -> jax.Array:
+    """`_tap_sums`, a few examples at a time, so that all taps find them in a core's cache."""
+    size = math.prod(_padded_size(spec)) * images.shape[-1] * images.dtype.itemsize
+    fitting = range(max(min(CACHED // max(size, 1), len(images)), 1), 0, -1)
+    examples = next(n for n in fitting if len(images) % n == 0)
+    padded = dataclasses.replace(
+        spec, images=_padded_size(spec), padding=((0, 0),) * len(spec.kernel)
+    )
+
+    def add(total: jax.Array, start: Any) -> tuple[jax.Array, None]:
+        part, seen = (lax.dynamic_slice_in_dim(x, start, examples) for x in (images, result))
+        part, seen = lax.optimization_barrier((_padded(part, spec), seen))
+        return total + _tap_sums(part, seen, padded, 2 * SUMMED), None
+
+    accurate = jnp.promote_types(images.dtype, jnp.float32)
+    zeros = jnp.zeros((math.prod(spec.kernel), result.shape[-1]), accurate)
+    return lax.scan(add, zeros, np.arange(0, len(images), examples))[0]
+
+
+def _tap_sums(images: jax.Array, result: jax.Array, spec: Spec, summed: int) -> jax.Array:
+    """The kernel gradient's rows: [taps, K], float32 at least."""
     # One barrier for all, so that the sums run side by side.
-    taps = lax.optimization_barrier([_part_sums(aligned, b, tap, spec) for tap in spec.taps()])
-    axes = tuple(range(a.ndim - 1))
-    rows = [_sum(jnp.sum(part, axes) for part in parts) for parts in taps]
-    return jnp.stack(rows).reshape(*spec.kernel, 1, b.shape[-1])
+    taps = lax.optimization_barrier(
+        [_part_sums(images, result, tap, spec, summed) for tap in spec.taps()]
+    )
+    axes, accurate = range(images.ndim - 1), jnp.promote_types(images.dtype, jnp.float32)
+    rows = [_sum(jnp.sum(part, tuple(axes), accurate) for part in parts) for parts in taps]
+    return jnp.stack(rows)
 
 
-def _part_sums(images: jax.Array, result: jax.Array, tap: Shape, spec: Spec) -> list[jax.Array]:
+def _part_sums(
+    images: jax.Array, result: jax.Array, tap: Shape, spec: Spec, summed: int
+) -> list[jax.Array]:
     """Arrays [..., K] that sum up, over all axes but the last, to this tap's kernel gradient.
 
     XLA's loop for a reduction over products takes one number after the other. A sum of a few
@@ -621,8 +668,8 @@ def _part_sums(images: jax.Array, result: jax.Array, tap: Shape, spec: Spec) -> 
     known = range(
         0 if isinstance(shape[0], int) else 1, len(shape) - 1
     )  # `jax.export` leaves b open
-    axis = 0 if 0 in known and shape[0] >= SUMMED else max(known, key=shape.__getitem__)
-    step = -(-shape[axis] // SUMMED)
+    axis = 0 if 0 in known and shape[0] >= summed else max(known, key=shape.__getitem__)
+    step = -(-shape[axis] // summed)
     pieces = []
     for start in range(0, shape[axis], max(step, 1)):
         stop = min(start + step, shape[axis])

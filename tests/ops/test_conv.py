@@ -274,6 +274,39 @@ def test_readers_of_a_depthwise_image_gradient_share_one_sum(stride):
     assert not {"mul", "add", "pad"} & set(names[last:])
 
 
+@pytest.mark.parametrize("cached", [4, 6_000, 1 << 12])
+@pytest.mark.parametrize(
+    ("shape", "window", "strides", "padding", "dilation"),
+    [
+        ((6, 40, 40), (17, 1, 80), (1,), ((8, 8),), (1,)),
+        ((6, 18, 9, 16), (5, 5, 1, 16), (1, 1), ((2, 2), (2, 2)), (1, 1)),
+        ((6, 9, 20, 16), (7, 3, 1, 32), (2, 1), ((3, -1), (0, 2)), (1, 2)),
+        ((6, 5, 5, 6, 8), (3, 3, 3, 1, 8), (1, 2, 1), ((1, 1), (0, 2), (1, 0)), (1, 1, 1)),
+    ],
+    ids=["1-D", "2-D", "strides, dilation, multiplier", "3-D"],
+)
+def test_depthwise_kernel_gradients_of_large_arrays_go_by_parts(
+    shape, window, strides, padding, dilation, cached, monkeypatch
+):
+    images, kernel, groups = sample(0, *shape), sample(1, *window), shape[-1]
+    spec = Spec(shape[1:-1], window[:-2], strides, padding, dilation, groups)
+    cotangent = sample(2, shape[0], *spec.result, window[-1])
+    made = functools.partial(algorithms.cpu, Face.KERNEL, spec=spec)
+    assert "while" not in jax.jit(made).lower(images, cotangent).as_text()
+    monkeypatch.setattr(algorithms, "CACHED", cached)
+    by_parts = jax.jit(functools.partial(algorithms.cpu, Face.KERNEL, spec=spec))
+    assert "while" in by_parts.lower(images, cotangent).as_text()
+    wide = [np.asarray(a, np.float64) for a in (images, kernel, cotangent)]
+    _, _, expected = direct(
+        *wide, strides=strides, padding=padding, dilation=dilation, groups=groups
+    )
+    close(by_parts(images, cotangent), expected.astype(np.float32), 2e-6)
+    few = Spec(spec.images, (1,) * len(strides), strides, padding, dilation, groups)
+    few_taps = functools.partial(algorithms.cpu, Face.KERNEL, spec=few)
+    cotangent = sample(2, shape[0], *few.result, window[-1])
+    assert "while" not in jax.jit(few_taps).lower(images, cotangent).as_text()
+
+
 def test_few_channels_come_from_matrix_products():
     if jax.default_backend() != "cpu":
         pytest.skip("an algorithm of the CPU backend")
