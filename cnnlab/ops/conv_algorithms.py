@@ -584,7 +584,10 @@ def _shifted_products(images: jax.Array, kernel: jax.Array, spec: Spec) -> jax.A
         total = _sum(_shifted(images * row, tap, spec) for tap, row in pairs)
     else:
         padded = _padded(images, spec)
-        total = _sum(_window(padded, tap, spec) * row for tap, row in pairs)
+        products = [_window(padded, tap, spec) * row for tap, row in pairs]
+        # A sum for each row of taps: one sum of all would wait for each addition before the next.
+        line = spec.kernel[-1]
+        total = _sum(_sum(products[i : i + line]) for i in range(0, len(products), line))
     # Without the barrier XLA fuses the sum into whatever reads it, and computes it anew for each.
     return lax.optimization_barrier(total)
 

@@ -230,4 +230,6 @@ class _Server:
     def do_drop(self) -> dict[str, Any]:
         self.workload = None
         gc.collect()
+        if jax := sys.modules.get("jax"):
+            jax.clear_caches()  # compiled programs hold memory maps, of which a process has few
         return {}

@@ -7,6 +7,7 @@ import math
 import re
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -212,6 +213,27 @@ def test_a_table_experiment_takes_no_contenders(root, capsys):
 
 
 # ------------------------------------------------------------------------------- pure functions
+
+
+def test_a_dropped_case_leaves_no_compiled_program(tmp_path):
+    file = tmp_path / "jitted.py"
+    file.write_text(
+        "import jax\nimport jax.numpy as jnp\n"
+        "from cnnlab.sweep import Benchmark, Contender, Workload\n"
+        "square = jax.jit(lambda x: 3 * x * x)\n"  # the file keeps it, and so does JAX
+        "def make(case):\n"
+        "    return Workload(lambda: square(jnp.arange(case['n'])), lambda y: [y])\n"
+        "def get_experiment():\n"
+        "    return Benchmark({'one': {'n': 5}}, {'a': Contender(make, ())})\n"
+    )
+    server = benchmark._Server(str(file), "a", False)
+    server.answer("start")
+    programs = jax.devices()[0].client.live_executables
+    before = len(programs())
+    server.answer("build", case={"n": 5})
+    assert len(programs()) > before
+    server.answer("drop")
+    assert len(programs()) <= before
 
 
 def test_checksums_notice_values_order_size_and_nan():
