@@ -602,6 +602,9 @@ def _field(config: ConfigDict, key: str, where: str) -> Field:
             return Field(default, "", element=element if isinstance(default, tuple) else str)
         known |= dict.fromkeys(plugin.parameters)
         whose += f" ({registry.SINGULAR[folder]} {plugin.name!r})"
+    if not name:
+        meant = f" (did you mean '{section}.name'?)" if "name" in known else ""
+        raise CnnlabError(f"{where}: {key!r} is a section{meant}. It has: {', '.join(known)}")
     raise CnnlabError(
         f"{where}: unknown key {key!r}{did_you_mean(name, known)}. Section {whose} has: "
         f"{', '.join(known)}"

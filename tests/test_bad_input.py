@@ -125,6 +125,7 @@ CASES = {
     # name: (what is done to the project first, the command, what the message must say)
     "unknown key": (nothing, f"{TRAIN} --config.optim.learning_rat=0.3", r"unknown key 'optim.learning_rat' \(did you mean 'learning_rate'"),
     "unknown section": (nothing, f"{TRAIN} --config.optin.name=sgd", r"unknown section 'optin'.*did you mean 'optim'"),
+    "a section for a key": (nothing, f"{TRAIN} --config.model=lenet6", r"'model' is a section \(did you mean 'model.name'\?\)"),
     "unknown field of a model": (nothing, f"{TRAIN} --config.model.width=3", r"unknown key 'model.width' \(did you mean 'widths'\?\).*simple_conv"),
     "wrong type, number": (nothing, f"{TRAIN} --config.optim.learning_rate=fast", r"optim.learning_rate: expected a number, got 'fast'"),
     "wrong type, whole number": (nothing, f"{TRAIN} --config.train.batch_size=6.5", r"train.batch_size: expected a whole number, got 6.5"),
