@@ -80,9 +80,13 @@ SUMMED = 8
 """How many products a depthwise kernel's gradient adds elementwise before it reduces."""
 
 CACHED = 1024 * 1024
-"""Bytes of padded images that stay in a core's cache beside as many of a result. Of arrays four
-times as large, with more than `FUSED_TAPS` taps, it takes as many examples at a time: each tap
-reads all of both. Then twice as many products are worth their code."""
+"""Bytes of padded images that stay in a core's cache beside as many of a result. Each tap reads all
+of both: of large arrays the kernel's gradient takes as many examples at a time, and adds twice as
+many products."""
+
+LARGE_BYTES, MANY_TAPS = (4 * CACHED, FUSED_TAPS) if BARRIERS_HOLD else (CACHED, 1)
+"""From so large images and more than so many taps on. Fewer taps gain nothing that a training step
+would show, unless every tap's sums are fused and computed anew."""
 
 
 class Face(enum.Enum):
@@ -619,8 +623,8 @@ def _depthwise(face: Face, a: jax.Array, b: jax.Array, spec: Spec) -> jax.Array:
     if face is Face.RESULT:
         return _shifted_products(aligned, b, spec)
     known = isinstance(a.shape[0], int)  # `jax.export` may leave the batch open
-    large = known and aligned.size * aligned.dtype.itemsize >= 4 * CACHED
-    if large and math.prod(spec.kernel) > FUSED_TAPS:
+    large = known and aligned.size * aligned.dtype.itemsize >= LARGE_BYTES
+    if large and math.prod(spec.kernel) > MANY_TAPS:
         sums = _tap_sums_by_parts(aligned, b, spec)
     else:
         sums = _tap_sums(aligned, b, spec, SUMMED)

@@ -294,6 +294,7 @@ def test_depthwise_kernel_gradients_of_large_arrays_go_by_parts(
     made = functools.partial(algorithms.cpu, Face.KERNEL, spec=spec)
     assert "while" not in jax.jit(made).lower(images, cotangent).as_text()
     monkeypatch.setattr(algorithms, "CACHED", cached)
+    monkeypatch.setattr(algorithms, "LARGE_BYTES", 4)
     by_parts = jax.jit(functools.partial(algorithms.cpu, Face.KERNEL, spec=spec))
     assert "while" in by_parts.lower(images, cotangent).as_text()
     wide = [np.asarray(a, np.float64) for a in (images, kernel, cotangent)]
