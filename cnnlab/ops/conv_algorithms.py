@@ -86,7 +86,8 @@ at once, each tap's sums are an eighth of the images, those of 7x7 taps six time
 
 LARGE_BYTES, MANY_TAPS = (4 * CACHED, FUSED_TAPS) if BARRIERS_HOLD else (CACHED, 1)
 """From so large images and more than so many taps on. A program that keeps its memory takes the
-same time either way, others a third to a half of it. Without barriers it halves compilation."""
+same time either way, another 0.35 to 0.9 of it. Without barriers that hold, a stack of twelve 3x3
+layers is compiled in half the time."""
 
 
 class Face(enum.Enum):
