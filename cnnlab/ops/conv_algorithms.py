@@ -633,7 +633,7 @@ def _depthwise(face: Face, a: jax.Array, b: jax.Array, spec: Spec) -> jax.Array:
 
 
 def _tap_sums_by_parts(images: jax.Array, result: jax.Array, spec: Spec) -> jax.Array:
-    """`_tap_sums`, a few examples at a time, so that all taps find them in a core's cache."""
+    """`_tap_sums`, a few examples at a time: the sums of all taps take that much less memory."""
     size = math.prod(_padded_size(spec)) * images.shape[-1] * images.dtype.itemsize
     fitting = range(max(min(CACHED // max(size, 1), len(images)), 1), 0, -1)
     examples = next(n for n in fitting if len(images) % n == 0)
