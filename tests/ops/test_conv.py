@@ -308,6 +308,30 @@ def test_depthwise_kernel_gradients_of_large_arrays_go_by_parts(
     assert "while" not in jax.jit(few_taps).lower(images, cotangent).as_text()
 
 
+def test_parts_add_up_in_float32_and_take_less_memory(monkeypatch):
+    spec = Spec((12, 12), (5, 5), (1, 1), ((2, 2), (2, 2)), (1, 1), 8)
+    images, cotangent = (jnp.abs(sample(i, 96, 12, 12, 8)).astype(jnp.bfloat16) for i in (0, 1))
+    wide = [np.asarray(a, np.float64) for a in (images, np.zeros((5, 5, 1, 8)), cotangent)]
+    _, _, expected = direct(*wide, strides=(1, 1), padding=spec.padding, dilation=(1, 1), groups=8)
+
+    def compiled():
+        made = functools.partial(algorithms.cpu, Face.KERNEL, spec=spec)
+        return jax.jit(made).lower(images, cotangent).compile()
+
+    at_once = compiled()
+    monkeypatch.setattr(algorithms, "CACHED", 4)  # an example at a time
+    monkeypatch.setattr(algorithms, "LARGE_BYTES", 4)
+    by_parts = compiled()
+    made = by_parts(images, cotangent)
+    assert made.dtype == jnp.bfloat16
+    # Once rounded to eight bits; added up in so few, 96 positive parts would be far below.
+    np.testing.assert_allclose(np.asarray(made, np.float64), expected, rtol=2**-7)
+    if not algorithms.BARRIERS_HOLD:
+        pytest.skip("this JAX fuses each tap's sums into their reduction, at once or by parts")
+    sizes = [c.memory_analysis().temp_size_in_bytes for c in (at_once, by_parts)]
+    assert sizes[1] < sizes[0] / 4
+
+
 def test_few_channels_come_from_matrix_products():
     if jax.default_backend() != "cpu":
         pytest.skip("an algorithm of the CPU backend")
