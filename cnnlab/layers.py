@@ -189,21 +189,32 @@ class Conv(nn.Module):
         taps = _pair(self.kernel_size)
         shape = (*taps, channels // self.groups, self.features)
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
-        padding = self.padding
-        if isinstance(padding, int):
-            padding = ((padding, padding), (padding, padding))
-        y = conv_ops.conv(
-            images.astype(dtype),
-            kernel.astype(dtype),
-            strides=_pair(self.strides),
-            padding=padding,
-            dilation=_pair(self.dilation),
-            groups=self.groups,
-        )
+        y = conv_ops.conv(images.astype(dtype), kernel.astype(dtype), **self._settings())
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
             y = y + bias.astype(dtype).reshape(1, 1, 1, -1)
         return y
+
+    def middle_mean(self, images: jax.Array) -> jax.Array:
+        """[features]: means over a middle part of the result, constants to derivatives.
+
+        See `ops.conv.middle_mean`; the layer must have been called before.
+        """
+        kernel: jax.Array = self.get_variable("params", "kernel")
+        mean = conv_ops.middle_mean(*jax.lax.stop_gradient((images, kernel)), **self._settings())
+        return mean + self.get_variable("params", "bias") if self.use_bias else mean
+
+    @nn.nowrap
+    def _settings(self) -> dict[str, Any]:
+        padding = self.padding
+        if isinstance(padding, int):
+            padding = ((padding, padding), (padding, padding))
+        return {
+            "strides": _pair(self.strides),
+            "padding": padding,
+            "dilation": _pair(self.dilation),
+            "groups": self.groups,
+        }
 
     def macs(self, inputs: Shape, outputs: Shape) -> int:
         """Multiply-accumulates for one image."""
@@ -294,8 +305,13 @@ class BatchNorm(_Norm):
     sub_batches: int = 0
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """[B, ..., C] to the same, by the batch's statistics if `train`, else the running ones."""
+    def __call__(
+        self, x: jax.Array, *, train: bool, shift: Callable[[], jax.Array] | None = None
+    ) -> jax.Array:
+        """[B, ..., C] to the same, by the batch's statistics if `train`, else the running ones.
+
+        `shift`, called if it is of use, gives numbers as in `ops.norm.batch_norm`.
+        """
         scale, bias = self._scale_and_bias(x, self.zero_scale)
         mean = self.variable("batch_stats", "mean", jnp.zeros, scale.shape, jnp.float32)
         var = self.variable("batch_stats", "var", jnp.ones, scale.shape, jnp.float32)
@@ -304,7 +320,12 @@ class BatchNorm(_Norm):
         # A network is initialised on one image, which has no parts.
         sub_batches = 1 if self.is_initializing() else self.sub_batches or _PARTS.get()
         y, batch_mean, batch_var = norm_ops.batch_norm(
-            x, scale, bias, epsilon=self.epsilon, sub_batches=sub_batches
+            x,
+            scale,
+            bias,
+            epsilon=self.epsilon,
+            sub_batches=sub_batches,
+            shift=None if shift is None or self.is_initializing() else shift(),
         )
         if not self.is_initializing():
             keep = self.momentum
@@ -379,6 +400,7 @@ def normalize(
     zero_scale: bool = False,
     epsilon: float = 1e-5,
     name: str = "norm",
+    shift: Callable[[], jax.Array] | None = None,
 ) -> jax.Array:
     """Normalises within the `@nn.compact` method of the calling module.
 
@@ -389,6 +411,7 @@ def normalize(
         zero_scale: see `BatchNorm`.
         epsilon: added to the variance.
         name: of the submodule; `"none"` has none.
+        shift: see `BatchNorm`.
 
     Returns:
         [B, ..., C].
@@ -398,12 +421,46 @@ def normalize(
     """
     match choose("norm", norm, NORMS):
         case "batch":
-            return BatchNorm(epsilon=epsilon, zero_scale=zero_scale, name=name)(x, train=train)
+            norm_layer = BatchNorm(epsilon=epsilon, zero_scale=zero_scale, name=name)
+            return norm_layer(x, train=train, shift=shift)
         case "group":
             return GroupNorm(epsilon=epsilon, zero_scale=zero_scale, name=name)(x)
         case "layer":
             return LayerNorm(epsilon=epsilon, zero_scale=zero_scale, name=name)(x)
     return x
+
+
+def conv_norm(
+    conv: Conv,
+    images: jax.Array,
+    norm: str,
+    *,
+    train: bool,
+    zero_scale: bool = False,
+    epsilon: float = 1e-5,
+    name: str = "norm",
+) -> jax.Array:
+    """`normalize(conv(images), ...)`, which on CPU takes a pass over memory less.
+
+    Args:
+        conv: of the calling module.
+        images: [B, H, W, C].
+        norm: see `normalize`, also for the rest and for what is raised.
+        train: see there.
+        zero_scale: see there.
+        epsilon: see there.
+        name: see there.
+
+    Returns:
+        [B, H', W', features].
+    """
+    x = conv(images)
+    # Where the convolution can add a bias while it writes: not where it is a sum of shifted images.
+    adds = conv.groups == 1 and images.shape[-1] > 1 and x.dtype == jnp.float32
+    shift = functools.partial(conv.middle_mean, images) if adds else None
+    return normalize(
+        x, norm, train=train, zero_scale=zero_scale, epsilon=epsilon, name=name, shift=shift
+    )
 
 
 class Pool(nn.Module):
@@ -711,7 +768,7 @@ class ConvBlock(Block):
                 geometry.conv_output_size(
                     size, self.kernel_size, self.strides, padding, self.dilation
                 )
-        x = Conv(
+        conv = Conv(
             self.features,
             self.kernel_size,
             self.strides,
@@ -722,8 +779,15 @@ class ConvBlock(Block):
             dtype=self.dtype,
             kernel_init=self.kernel_init,
             name="conv",
-        )(images)
-        x = normalize(x, self.norm, train=train, zero_scale=self.zero_scale, epsilon=self.epsilon)
+        )
+        x = conv_norm(
+            conv,
+            images,
+            self.norm,
+            train=train,
+            zero_scale=self.zero_scale,
+            epsilon=self.epsilon,
+        )
         return activation(self.activation)(x)
 
 

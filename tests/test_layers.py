@@ -1,12 +1,14 @@
 """Layers against Flax's own, closed forms and moments."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
 
-from cnnlab import layers
+from cnnlab import backend, layers
 from cnnlab.ops import norm
 from cnnlab.types import CnnlabError
 
@@ -84,6 +86,75 @@ def test_sub_batches_move_the_running_statistics_by_their_average():
     np.testing.assert_allclose(moved["batch_stats"]["var"], var.mean(0), rtol=1e-5)
     centred = np.asarray(y).reshape(parts.shape).mean((1, 2, 3))
     np.testing.assert_allclose(centred, np.zeros((3, 3)), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("channels", "fields"),
+    [
+        (3, {"features": 4, "kernel_size": 3, "padding": 1}),
+        (3, {"features": 4, "kernel_size": (3, 1), "strides": (2, 1), "padding": "SAME"}),
+        (3, {"features": 4, "kernel_size": 1, "strides": 2, "use_bias": True}),
+        (1, {"features": 4, "kernel_size": 5}),
+        (4, {"features": 4, "kernel_size": 3, "dilation": 2, "padding": 2, "groups": 4}),
+        (3, {"features": 4, "kernel_size": 3, "dtype": "bfloat16"}),
+    ],
+)
+@pytest.mark.parametrize("sub_batches", [1, 2])
+def test_convolution_and_normalisation_together_equal_one_after_the_other(
+    channels, fields, sub_batches
+):
+    class Pair(nn.Module):
+        apart: bool
+
+        @nn.compact
+        def __call__(self, x):
+            conv = layers.Conv(**({"use_bias": False} | fields), name="conv")
+            if self.apart:
+                return layers.normalize(conv(x), "batch", train=True)
+            return layers.conv_norm(conv, x, "batch", train=True)
+
+    x = sample(4, 9, 8, channels) + 1e3
+    variables = Pair(apart=True).init(KEY, x[:1])
+    assert jax.tree.structure(variables) == jax.tree.structure(Pair(apart=False).init(KEY, x[:1]))
+    if "bias" in variables["params"]["conv"]:
+        variables["params"]["conv"]["bias"] += 1e3
+
+    def outcome(params, apart):
+        moved = {"params": params, "batch_stats": variables["batch_stats"]}
+        with layers.statistics_of_parts(sub_batches):
+            y, stats = Pair(apart).apply(moved, x, mutable=["batch_stats"])
+        weights = sample(*y.shape, seed=1)
+        return jnp.sum(weights * jnp.sin(y.astype(jnp.float32))), (y, stats)
+
+    step = jax.jit(jax.value_and_grad(outcome, has_aux=True), static_argnums=1)
+    (_, ours), gradient = step(variables["params"], apart=False)
+    (_, theirs), expected = step(variables["params"], apart=True)
+    jax.tree.map(
+        lambda a, e: np.testing.assert_allclose(
+            np.float32(a), np.float32(e), rtol=1e-3, atol=1e-3 * (0.01 + np.abs(e).max())
+        ),
+        (ours, gradient),
+        (theirs, expected),
+    )
+
+
+def test_a_convolution_writes_what_the_normalisation_reads():
+    """On CPU no array is written only to subtract the shift from it."""
+    block = layers.ConvBlock(16, activation="identity")
+    x = sample(8, 14, 14, 16)
+    variables = block.init(KEY, x[:1], train=False)
+
+    def forward(variables, x):
+        return block.apply(variables, x, train=True, mutable=["batch_stats"])
+
+    options = backend.OPTIONS["onednn"]
+    text = jax.jit(forward, compiler_options=options).lower(variables, x).compile().as_text()
+    if "onednn$convolution" not in text:
+        pytest.skip("this jaxlib has no oneDNN")
+    assert '"ops":["BIAS"]' in text
+    entry = text[text.index("\nENTRY") :]
+    large = re.findall(r"= f32\[(?:1,)?8,14,14,16\]\S* (?:fusion|subtract|add)\(", entry)
+    assert len(large) == 1  # the normalised images
 
 
 @pytest.mark.parametrize("name", layers.NORMS)

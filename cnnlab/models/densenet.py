@@ -153,11 +153,13 @@ class DenseNet(nn.Module):
         bias = self.norm == "none"
         act = layers.activation(self.activation)
         size, strides = (3, 1) if small else (7, 2)
-        x = layers.Conv(
+        stem = layers.Conv(
             self.width, size, strides, size // 2, use_bias=bias, dtype=self.dtype, name="conv0"
-        )(images)
-        if not small:
-            x = act(layers.normalize(x, self.norm, train=train, name="norm0"))
+        )
+        if small:
+            x = stem(images)
+        else:
+            x = act(layers.conv_norm(stem, images, self.norm, train=train, name="norm0"))
         features = {"stem": x}
         if not small:
             x = layers.Pool("max", 3, 2, 1, name="pool0")(x)

@@ -13,6 +13,8 @@ those of the strided network. For images of 28 to 64 pixels set `stem="small"`.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 from flax import linen as nn
 
@@ -252,25 +254,22 @@ class Stem(nn.Module):
         act = layers.activation(self.activation)
         bias = self.norm == "none"
 
-        def conv(x: jax.Array, width: int, size: int, strides: int, name: str) -> jax.Array:
+        def conv(width: int, size: int, strides: int, name: str) -> layers.Conv:
             return layers.Conv(
                 width, size, strides, size // 2, use_bias=bias, dtype=self.dtype, name=name
-            )(x)
+            )
 
+        normed = functools.partial(layers.conv_norm, norm=self.norm, train=train)
         if self.kind != "deep":
             size, strides = (3, 1) if self.kind == "small" else (7, 2)
-            x = conv(x, self.width, size, strides, "conv1")
-            if self.preact:
-                return x
-            return act(layers.normalize(x, self.norm, train=train, name="norm1"))
-        # Numbered as a sequence of convolution, normalisation and activation.
-        for i, strides in ((0, 2), (3, 1)):
-            x = conv(x, max(self.width // 2, 1), 3, strides, str(i))
-            x = act(layers.normalize(x, self.norm, train=train, name=str(i + 1)))
-        x = conv(x, self.width, 3, 1, "6")
-        if self.preact:
-            return x
-        return act(layers.normalize(x, self.norm, train=train, name="norm1"))
+            last = conv(self.width, size, strides, "conv1")
+        else:
+            # Numbered as a sequence of convolution, normalisation and activation.
+            for i, strides in ((0, 2), (3, 1)):
+                step = conv(max(self.width // 2, 1), 3, strides, str(i))
+                x = act(normed(step, x, name=str(i + 1)))
+            last = conv(self.width, 3, 1, "6")
+        return last(x) if self.preact else act(normed(last, x, name="norm1"))
 
 
 class ResidualBlock(layers.Block):
@@ -317,7 +316,7 @@ class ResidualBlock(layers.Block):
         shortcut = self._shortcut(branch if self.preact else x, features, train) if changes else x
         for i, (width, size, strides, dilation, groups) in enumerate(plan, start=1):
             last = i == len(plan)
-            branch = layers.Conv(
+            conv = layers.Conv(
                 width,
                 size,
                 strides,
@@ -327,10 +326,12 @@ class ResidualBlock(layers.Block):
                 use_bias=self.norm == "none",
                 dtype=self.dtype,
                 name=f"conv{i}",
-            )(branch)
+            )
             if self.preact and last:
+                branch = conv(branch)
                 continue
-            branch = layers.normalize(
+            branch = layers.conv_norm(
+                conv,
                 branch,
                 self.norm,
                 train=train,
@@ -355,14 +356,14 @@ class ResidualBlock(layers.Block):
                 # As published weights were trained: zeros beyond the edge count.
                 edge = ((0, 1), (0, 1))
                 x = layers.Pool("average", 2, 1, padding=edge, name="downsample_0")(x)
-        x = layers.Conv(
+        conv = layers.Conv(
             features,
             1,
             1 if self.average_down else self.strides,
             use_bias=self.norm == "none",
             dtype=self.dtype,
             name=f"downsample_{first}",
-        )(x)
+        )
         if self.preact:
-            return x
-        return layers.normalize(x, self.norm, train=train, name=f"downsample_{first + 1}")
+            return conv(x)
+        return layers.conv_norm(conv, x, self.norm, train=train, name=f"downsample_{first + 1}")

@@ -16,6 +16,7 @@ For images of 28 to 64 pixels set `stem="small"`, with less striding still by `s
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -250,7 +251,10 @@ class MobileNet(nn.Module):
         """[B, H, W, C] to `Outputs` with features `stem`, one `stage<i>` a stage, and `head`."""
         act = layers.activation(self.activation)
         bias = self.norm == "none"
-        x = layers.Conv(
+        normed = functools.partial(
+            layers.conv_norm, norm=self.norm, train=train, epsilon=self.norm_epsilon
+        )
+        stem = layers.Conv(
             self.stem_width,
             3,
             1 if self.stem == "small" else 2,
@@ -258,10 +262,8 @@ class MobileNet(nn.Module):
             use_bias=bias,
             dtype=self.dtype,
             name="conv_stem",
-        )(images)
-        x = act(
-            layers.normalize(x, self.norm, train=train, epsilon=self.norm_epsilon, name="norm1")
         )
+        x = act(normed(stem, images, name="norm1"))
         features = {"stem": x}
         block = layers.rematerialized(InvertedResidual, self.remat)
         blocks = sum(stage.blocks for stage in self.stages)
@@ -284,10 +286,8 @@ class MobileNet(nn.Module):
                     name=f"blocks_{i}_{j}",
                 )(x, train=train)
             features[f"stage{i + 1}"] = x
-        x = layers.Conv(self.head_width, 1, use_bias=bias, dtype=self.dtype, name="conv_head")(x)
-        x = act(
-            layers.normalize(x, self.norm, train=train, epsilon=self.norm_epsilon, name="norm2")
-        )
+        head = layers.Conv(self.head_width, 1, use_bias=bias, dtype=self.dtype, name="conv_head")
+        x = act(normed(head, x, name="norm2"))
         features["head"] = x
         x = layers.Pool("global", name="average")(x)
         x = layers.Dropout(self.dropout, name="drop")(x, train=train)
@@ -320,7 +320,7 @@ class InvertedResidual(layers.Block):
             last = i == len(names)
             if name == "conv_dw":
                 size = (self.kernel_size - 1) * self.dilation + 1
-                y = layers.Conv(
+                conv = layers.Conv(
                     channels,
                     self.kernel_size,
                     self.strides,
@@ -332,17 +332,17 @@ class InvertedResidual(layers.Block):
                     # Each output sees one channel and each input feeds one: both fans are the taps.
                     kernel_init=layers.he_normal,
                     name=name,
-                )(y)
+                )
             else:
-                y = layers.Conv(
+                conv = layers.Conv(
                     self.features if last else channels,
                     1,
                     use_bias=self.norm == "none",
                     dtype=self.dtype,
                     name=name,
-                )(y)
-            y = layers.normalize(
-                y, self.norm, train=train, epsilon=self.norm_epsilon, name=f"norm{i}"
+                )
+            y = layers.conv_norm(
+                conv, y, self.norm, train=train, epsilon=self.norm_epsilon, name=f"norm{i}"
             )
             if not last:
                 y = layers.activation(self.activation)(y)

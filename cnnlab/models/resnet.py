@@ -219,11 +219,11 @@ class ResidualBlock(layers.Block):
         same_shape = self.strides == 1 and x.shape[-1] == self.features
         act = layers.activation(self.activation)
         if self.preact:
-            active = act(self._normalize(x, "norm1", train))
-            y = self._conv(active, "conv1", self.strides, self.dilations[0])
-            y = act(self._normalize(y, "norm2", train))
+            active = act(layers.normalize(x, self.norm, train=train, name="norm1"))
+            first = self._conv("conv1", self.strides, self.dilations[0])
+            y = act(layers.conv_norm(first, active, self.norm, train=train, name="norm2"))
             y = self._drop(y, train)
-            y = self._conv(y, "conv2", 1, self.dilations[1])
+            y = self._conv("conv2", 1, self.dilations[1])(y)
             return y + (x if same_shape else self._shortcut(active, train))
         y = layers.ConvBlock(
             self.features,
@@ -246,10 +246,7 @@ class ResidualBlock(layers.Block):
         )(y, train=train)
         return act(y + (x if same_shape else self._shortcut(x, train)))
 
-    def _normalize(self, x: jax.Array, name: str, train: bool) -> jax.Array:
-        return layers.normalize(x, self.norm, train=train, name=name)
-
-    def _conv(self, x: jax.Array, name: str, strides: int, dilation: int) -> jax.Array:
+    def _conv(self, name: str, strides: int, dilation: int) -> layers.Conv:
         return layers.Conv(
             self.features,
             3,
@@ -259,7 +256,7 @@ class ResidualBlock(layers.Block):
             use_bias=self.norm == "none",
             dtype=self.dtype,
             name=name,
-        )(x)
+        )
 
     def _drop(self, x: jax.Array, train: bool) -> jax.Array:
         x = layers.SpatialDropout(self.spatial_dropout, name="spatial_drop")(x, train=train)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -56,6 +57,63 @@ def conv(
             f"{images.shape}, groups {groups}), got a kernel {kernel.shape}"
         )
     return conv_primitive.bind(Face.RESULT, *_same_dtype(images, kernel), spec)
+
+
+def middle_mean(
+    images: jax.Array,
+    kernel: jax.Array,
+    *,
+    strides: Sequence[int] | None = None,
+    padding: Padding,
+    dilation: Sequence[int] | None = None,
+    groups: int = 1,
+    share: int = 16,
+) -> jax.Array:
+    """Each channel's mean over a middle part of what `conv` gives, from the images.
+
+    A convolution is linear, so it is what the batch's mean image gives: little is read, and less
+    is multiplied. The part is a block around the middle, with all of the last axes if it can.
+
+    Args:
+        images: [B, *spatial, C].
+        kernel: [*window, C / groups, K].
+        strides: as in `conv`.
+        padding: as in `conv`.
+        dilation: as in `conv`.
+        groups: as in `conv`.
+        share: the block has at least one in so many positions of the result.
+
+    Returns:
+        [K], in the common dtype of both operands.
+
+    Raises:
+        CnnlabError: as `conv`.
+    """
+    rank = _check(images, kernel, "images", groups)
+    spec = _spec(images.shape[1:-1], kernel.shape[:-2], strides, padding, dilation, groups, rank)
+    starts, stops, pads = [], [], []
+    missing = -(-math.prod(spec.result) // share)  # positions still to be had from further axes
+    sizes = zip(spec.images, spec.extents, spec.result, spec.strides, spec.padding, strict=True)
+    for i, (image, extent, result, stride, (low, _)) in enumerate(sizes):
+        rest = math.prod(spec.result[i + 1 :])
+        count = min(-(-missing // max(rest, 1)), result)
+        missing = -(-missing // max(count, 1))
+        start = (result - count) // 2 * stride - low
+        stop = start + (count - 1) * stride + extent
+        starts.append(min(max(start, 0), image))
+        stops.append(max(min(stop, image), starts[-1]))
+        pads.append((starts[-1] - start, stop - stops[-1]))
+    images = lax.optimization_barrier(images)  # read them as they are, don't make a part anew
+    part = lax.slice(images, (0, *starts, 0), (images.shape[0], *stops, images.shape[-1]))
+    made = conv(
+        jnp.sum(part, 0, keepdims=True),
+        kernel,
+        strides=spec.strides,
+        padding=pads,
+        dilation=spec.dilation,
+        groups=groups,
+    )
+    return jnp.sum(made, tuple(range(rank + 1))) / (images.shape[0] * math.prod(made.shape[:-1]))
 
 
 def conv_transpose(

@@ -18,7 +18,7 @@ from scipy import signal
 from cnnlab import backend
 from cnnlab.ops import conv_algorithms as algorithms
 from cnnlab.ops import conv_primitive
-from cnnlab.ops.conv import conv, conv_transpose
+from cnnlab.ops.conv import conv, conv_transpose, middle_mean
 from cnnlab.ops.conv_algorithms import Face, Spec
 from cnnlab.types import CnnlabError
 
@@ -370,6 +370,39 @@ def test_narrow_dtypes_stay_narrow(dtype):
     narrow = conv(images.astype(dtype), kernel.astype(dtype), padding="SAME")
     assert narrow.dtype == dtype
     close(narrow.astype(jnp.float32), conv(images, kernel, padding="SAME"), 0.02)
+
+
+@settings(max_examples=25, derandomize=True, deadline=None, database=None)
+@given(problems())
+def test_the_mean_of_all_positions_follows_from_the_mean_image(problem):
+    shape, window, fields = problem
+    images, kernel = sample(0, *shape) + 1, sample(1, *window)
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(np.asarray(a), jnp.float64) for a in (images, kernel)]
+        expected = np.asarray(by_lax(*wide, **fields)).mean(tuple(range(len(shape) - 1)))
+    actual = jax.jit(functools.partial(middle_mean, share=1, **fields))(images, kernel)
+    scale = np.abs(images).max() * np.abs(kernel).sum(tuple(range(len(window) - 1))).max()
+    np.testing.assert_allclose(actual, expected, atol=1e-6 * scale)
+
+
+@pytest.mark.parametrize(
+    ("size", "window", "fields", "middle"),
+    [
+        ((28, 28), (3, 3), {"padding": "SAME"}, (slice(13, 15), slice(1, 26))),
+        ((7, 7), (3, 3), {"padding": "SAME"}, (3, slice(1, 5))),
+        ((14, 11), (1, 1), {"padding": "VALID", "strides": (2, 2)}, (3, slice(1, 4))),
+        ((3, 2), (5, 5), {"padding": ((4, 2), (2, 3))}, (2, 1)),
+        ((9, 40), (3, 2), {"padding": "SAME", "dilation": (2, 3)}, (4, slice(8, 31))),
+        ((40,), (4,), {"padding": ((3, 0),), "groups": 3}, (slice(18, 21),)),
+        ((4, 6, 5), (2, 2, 2), {"padding": "SAME"}, (1, slice(2, 4), slice(0, 4))),
+    ],
+)
+def test_the_middle_is_a_sixteenth_of_the_positions(size, window, fields, middle):
+    images, kernel = sample(0, 5, *size, 3), sample(1, *window, 3 // fields.get("groups", 1), 6)
+    result = np.asarray(conv(images, kernel, **fields), np.float64)
+    block = result[:, *middle].reshape(-1, 6)
+    assert len(result.reshape(-1, 6)) <= 16 * len(block)
+    np.testing.assert_allclose(middle_mean(images, kernel, **fields), block.mean(0), atol=2e-6)
 
 
 def test_equals_scipy():

@@ -16,8 +16,16 @@ from cnnlab.types import CnnlabError
 
 EPSILON = 1e-3  # large enough to be seen in every value
 
+
+def with_shift(x, scale, bias, *, epsilon):
+    """Batch normalisation that is told the mean of a part, as of a convolution's result."""
+    shift = jnp.mean(x[:, :2], (0, 1, 2))
+    return norm.batch_norm(x, scale, bias, epsilon=epsilon, shift=shift)
+
+
 NORMS = {
     "batch": norm.batch_norm,
+    "batch_shift": with_shift,
     "sub_batches": functools.partial(norm.batch_norm, sub_batches=2),
     "groups": functools.partial(norm.group_norm, groups=2),
     "one_group": functools.partial(norm.group_norm, groups=1),
@@ -36,6 +44,7 @@ def plain(kind, x, scale, bias, np=np):
         return x / np.sqrt(np.mean(x**2, -1, keepdims=True) + EPSILON) * scale
     split, axes = {
         "batch": ((1, b, h, w, 1, c), (1, 2, 3)),
+        "batch_shift": ((1, b, h, w, 1, c), (1, 2, 3)),
         "sub_batches": ((2, b // 2, h, w, 1, c), (1, 2, 3)),
         "groups": ((1, b, h, w, 2, c // 2), (2, 3, 5)),
         "one_group": ((1, b, h, w, 1, c), (2, 3, 5)),
@@ -76,7 +85,7 @@ def test_variance_survives_where_the_sample_misleads(outlier):
     """One row of 17, the sampled one (8) or another, lies 1e4 off the rest."""
     x, scale, bias = (np.float64(np.float32(a)) for a in sample((4, 17, 3, 2)))
     x[:, outlier] += 1e4
-    for kind in ("batch", "groups"):
+    for kind in ("batch", "batch_shift", "groups"):
         actual = NORMS[kind](*single(x, scale, bias))
         expected = plain(kind, x, scale, bias)
         for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
@@ -124,7 +133,7 @@ def in_every_way(f, at, tangent):
     return first, second
 
 
-@pytest.mark.parametrize("kind", ["batch", "sub_batches", "groups", "layer", "rms"])
+@pytest.mark.parametrize("kind", ["batch", "batch_shift", "sub_batches", "groups", "layer", "rms"])
 def test_derivatives_equal_the_plain_formula_in_float64(kind):
     with jax.enable_x64(True):
         at, tangent = (
@@ -160,22 +169,23 @@ def over(inputs):
     return x, *(per_channel.reshape(1, 1, 1, -1) for per_channel in rest)
 
 
-def test_gradients_in_float32_survive_a_large_mean():
+@pytest.mark.parametrize("kind", ["batch", "batch_shift"])
+def test_gradients_in_float32_survive_a_large_mean(kind):
     with jax.enable_x64(True):
         inputs = tuple(jnp.float64(np.float32(a)) for a in sample((8, 17, 5, 4), 1e4))
         weights = jnp.asarray(sample((8, 17, 5, 4), seed=3)[0])
 
         def exact(inputs):
-            return jnp.sum(weights * plain("batch", *over(inputs), jnp)[0] ** 2)
+            return jnp.sum(weights * plain(kind, *over(inputs), jnp)[0] ** 2)
 
         expected = jax.tree.map(np.asarray, jax.jit(jax.grad(exact))(inputs))
         inputs, weights = (jax.tree.map(np.float32, a) for a in (inputs, weights))
-    ours = jax.jit(jax.grad(lambda inputs: jnp.sum(weights * NORMS["batch"](*inputs)[0] ** 2)))
+    ours = jax.jit(jax.grad(lambda inputs: jnp.sum(weights * NORMS[kind](*inputs)[0] ** 2)))
     for a, e in zip(ours(inputs), expected, strict=True):
         np.testing.assert_allclose(a, e, atol=2e-5 * np.abs(e).max())
 
 
-@pytest.mark.parametrize("kind", ["batch", "sub_batches", "groups"])
+@pytest.mark.parametrize("kind", ["batch", "batch_shift", "sub_batches", "groups"])
 def test_backward_pass_keeps_one_array_and_sums_twice(kind):
     """What makes the gradient the efficient one."""
     x, scale, bias = single(*sample((4, 6, 6, 4)))
