@@ -80,8 +80,8 @@ def batch_norm(
             f"sub_batches must be a divisor of the batch size, got sub_batches {sub_batches} for "
             f"a batch of {x.shape[0]}"
         )
-    parts = x.reshape(sub_batches, -1, *x.shape[1:])
-    axes = tuple(range(1, parts.ndim - 1))
+    parts = x.reshape(sub_batches, -1, *x.shape[1:]) if sub_batches > 1 else x
+    axes = tuple(range(parts.ndim - x.ndim, parts.ndim - 1))
 
     def average(values: jax.Array) -> jax.Array:
         return jnp.mean(values, axes, keepdims=True)
@@ -91,18 +91,19 @@ def batch_norm(
 
     # Middle rows of every image, not all rows of some: so each device of a sharded batch holds its
     # share of them. Dense features have no rows and are small enough for a pass of their own.
-    sample = _middle(parts, 2) if parts.ndim > 3 else parts
+    constant = lax.stop_gradient(parts)
+    sample = _middle(constant, axes[1]) if len(axes) > 1 else constant
     if shift is None or sub_batches > 1:
         near = sampled(sample)
     else:
-        given = lax.stop_gradient((sample, _over(_wide(shift), parts)))
-        near = lax.platform_dependent(*given, cpu=lambda _, shift: shift, default=sampled)
+        known = lax.stop_gradient(_over(_wide(shift), parts))
+        near = lax.platform_dependent(sample, known, cpu=lambda _, known: known, default=sampled)
     moments = _moments(parts, near, average)
     y = _affine(moments, _over(scale, parts), _over(bias, parts), epsilon)
-    mean, var = (
-        jnp.mean(statistic.reshape(sub_batches, channels), 0)
-        for statistic in (moments.shift + moments.mean, moments.var)
-    )
+    mean, var = moments.shift + moments.mean, moments.var
+    if sub_batches > 1:
+        mean, var = (jnp.mean(statistic, 0) for statistic in (mean, var))
+    mean, var = (statistic.reshape(channels) for statistic in (mean, var))
     return y.reshape(x.shape).astype(x.dtype), mean, var
 
 
@@ -173,7 +174,8 @@ def group_norm(
         shared = jnp.mean(grouped, -1, keepdims=True)
         return jnp.broadcast_to(shared, grouped.shape).reshape(mean.shape)
 
-    moments = _moments(x, average(_wide(_middle(x, 1))), average)
+    near = average(_wide(_middle(lax.stop_gradient(x), 1)))
+    moments = _moments(x, near, average)
     return _affine(moments, _over(scale, x), _over(bias, x), epsilon).astype(x.dtype)
 
 
@@ -194,7 +196,8 @@ def layer_norm(
     Returns:
         [..., C] in the dtype of `x`.
     """
-    moments = _moments(x, _over_channels(_wide(_middle(x, -1))), _over_channels)
+    near = _over_channels(_wide(_middle(lax.stop_gradient(x), -1)))
+    moments = _moments(x, near, _over_channels)
     # Scale comes last here: it varies along the averaged axis, times the inverse it is full-size.
     inverse = lax.rsqrt(moments.var + epsilon)
     standard = moments.shifted * inverse - moments.mean * inverse
@@ -226,8 +229,7 @@ class _Moments(NamedTuple):
 
 
 def _moments(x: jax.Array, shift: jax.Array, average: Callable[[jax.Array], jax.Array]) -> _Moments:
-    """Values minus the shift, which is a constant to derivatives, and their moments."""
-    shift = lax.stop_gradient(shift)
+    """Values minus the shift, which must be a constant to derivatives, and their moments."""
     shifted = _wide(x) + -shift  # oneDNN takes what is added as a bias, not what is subtracted
     mean = average(shifted)
     var = average(shifted * shifted) - mean * mean
