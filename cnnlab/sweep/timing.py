@@ -297,7 +297,9 @@ def measure(
     """Contender -> what was measured of one case.
 
     All build the case and must agree on its outputs; after warm-up rounds each is timed once in
-    every round.
+    every round: right after a call that does not count, for as many calls as make a time that can
+    be trusted. What others left in the processor's caches would count otherwise, which doubled the
+    time of a step of milliseconds.
 
     Args:
         workers: contender -> its process.

@@ -13,7 +13,7 @@ import pytest
 
 from cnnlab import cli, models, registry
 from cnnlab.reporting import tables, times
-from cnnlab.sweep import Benchmark, benchmark, experiment, timing
+from cnnlab.sweep import Benchmark, Workload, benchmark, experiment, timing
 from cnnlab.types import CnnlabError, Record
 
 # Contenders that write down each call, so that a test sees who ran when.
@@ -254,6 +254,20 @@ def test_short_work_is_repeated():
     assert benchmark.calls(1.0) == benchmark.calls(benchmark.SHORT) == 1
     assert benchmark.calls(1e-3) == math.ceil(benchmark.LEAST / 1e-3)
     assert benchmark.calls(0.0) == 10_000
+
+
+def test_a_timing_follows_a_call_that_is_not_timed(monkeypatch, tmp_path):
+    done = []
+    server = benchmark._Server(str(tmp_path / "none.py"), "a", False)
+    server.workload = Workload(run=lambda: done.append(len(done)), outputs=lambda _: [])
+    monkeypatch.setattr(benchmark.time, "sleep", lambda seconds: done.clear())
+    # The first call after a pause takes a minute, the others a second.
+    monkeypatch.setattr(
+        benchmark.time, "perf_counter", lambda: float(len(done)) + 59 * (len(done) > 0)
+    )
+    for calls in (1, 5):
+        assert server.answer("time", calls=calls) == {"seconds": 1.0}
+        assert len(done) == calls + 1
 
 
 def test_processes_start_without_the_parents_settings_of_speed(monkeypatch):
