@@ -72,7 +72,8 @@ def middle_mean(
     """Each channel's mean over a middle part of what `conv` gives, from the images.
 
     A convolution is linear, so it is what the batch's mean image gives: little is read, and less
-    is multiplied. The part is a block around the middle, with all of the last axes if it can.
+    is multiplied. The part is a block around the middle, short along the first axes and long along
+    the last.
 
     Args:
         images: [B, *spatial, C].
