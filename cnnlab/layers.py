@@ -205,6 +205,7 @@ class Conv(nn.Module):
         See `ops.conv.middle_mean`; the layer must have been called before.
         """
         kernel: jax.Array = self.get_variable("params", "kernel")
+        images = images.astype(compute_dtype(self.dtype))
         mean = conv_ops.middle_mean(*jax.lax.stop_gradient((images, kernel)), **self._settings())
         return mean + self.get_variable("params", "bias") if self.use_bias else mean
 
@@ -323,13 +324,15 @@ class BatchNorm(_Norm):
             return norm_ops.normalize(x, mean.value, var.value, scale, bias, epsilon=self.epsilon)
         # A network is initialised on one image, which has no parts.
         sub_batches = 1 if self.is_initializing() else self.sub_batches or _PARTS.get()
+        if self.is_initializing() or sub_batches > 1:  # parts have means of their own
+            shift = None
         y, batch_mean, batch_var = norm_ops.batch_norm(
             x,
             scale,
             bias,
             epsilon=self.epsilon,
             sub_batches=sub_batches,
-            shift=None if shift is None or self.is_initializing() else shift(),
+            shift=None if shift is None else shift(),
         )
         if not self.is_initializing():
             keep = self.momentum

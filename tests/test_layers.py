@@ -140,6 +140,17 @@ def test_convolution_and_normalisation_together_equal_one_after_the_other(
     )
 
 
+def test_a_shift_is_as_accurate_as_the_result_whatever_the_images_dtype():
+    conv = layers.Conv(4, 1)
+    images = (sample(4, 5, 16, 3) + 1e3).astype(jnp.bfloat16)
+    variables = conv.init(KEY, images)
+    variables["params"]["kernel"] = jnp.abs(variables["params"]["kernel"])
+    result = np.asarray(conv.apply(variables, images), np.float64)
+    assert result[:, 2:3, 5:10].size * 16 >= result.size
+    mean = conv.apply(variables, images, method="middle_mean")
+    np.testing.assert_allclose(mean, result[:, 2, 5:10].mean((0, 1)), rtol=1e-6)
+
+
 @pytest.mark.parametrize(("least", "arrays"), [(0, 1), (1 << 20, 2)])
 def test_a_convolution_writes_what_the_normalisation_reads(least, arrays, monkeypatch):
     """No large array is written only to subtract the shift from it."""
