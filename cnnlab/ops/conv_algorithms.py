@@ -20,8 +20,8 @@ bad at, by shape alone, so that one program always gives the same bits:
 - Few output channels leave them empty, too: one matrix product for all taps, then a sum of shifted
   planes (the gradient of images with three channels, say).
 - Depthwise convolutions run one channel at a time. All three faces become shifted products; the
-  kernel gradient's are added in vectors before they are reduced, and with many taps a few examples
-  at a time: the sums of all taps would take several times the images' memory.
+  kernel gradient adds up several taps in one loop, in vectors, and with many taps a few examples at
+  a time: the sums of all taps would take several times the images' memory.
 - Kernels of size one, and kernels as large as the images, are matrix products.
 - A convolution with groups is one convolution a group.
 """
@@ -76,18 +76,18 @@ STRIDED_COLUMNS = 128
 """At other strides it is a product for each row of taps, up to so many columns of the images; more
 cost as much to write as they save."""
 
-SUMMED = 8
-"""How many products a depthwise kernel's gradient adds elementwise before it reduces."""
+TOGETHER, UNROLLED, SHORT = 4, 48, 4
+"""A depthwise kernel's gradient adds up so many taps in one loop, which reads images and result
+once, and in all so many products an iteration: what LLVM unrolls. A batch of fewer than `SHORT`
+leaves little to unroll; then it is rows or columns that are added up."""
 
 CACHED = 1024 * 1024
 """Bytes of padded images that stay in a core's cache beside as many of a result: so many examples
-of large arrays a depthwise kernel's gradient takes at a time, and adds twice as many products. All
-at once, each tap's sums are an eighth of the images, those of 7x7 taps six times the images."""
+of large arrays a depthwise kernel's gradient takes at a time. All at once, each tap's sums are a
+twelfth of the images, those of 7x7 taps four times the images."""
 
-LARGE_BYTES, MANY_TAPS = (4 * CACHED, FUSED_TAPS) if BARRIERS_HOLD else (CACHED, 1)
-"""From so large images and more than so many taps on. A program that keeps its memory takes the
-same time either way, another 0.35 to 0.9 of it. Without barriers that hold, a stack of twelve 3x3
-layers is compiled in half the time."""
+LARGE_BYTES, MANY_TAPS = 4 * CACHED, FUSED_TAPS
+"""From so large images and more than so many taps on."""
 
 
 class Face(enum.Enum):
@@ -556,22 +556,6 @@ def _placed(result: jax.Array, tap: Shape, spec: Spec) -> jax.Array:
     return lax.pad(result, jnp.zeros((), result.dtype), config)
 
 
-def _overlap(tap: Shape, spec: Spec) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-    """What this tap sees of unpadded images, and what of the result sees it through this tap."""
-    seen, at = [slice(None)], [slice(None)]
-    sizes = zip(
-        tap, spec.dilation, spec.images, spec.result, spec.strides, spec.padding, strict=True
-    )
-    for t, dilation, image, count, stride, (low, _) in sizes:
-        offset = t * dilation - low
-        first = max(-(offset // stride), 0)  # the first window whose pixel is not below the image
-        stop = max(min((image - 1 - offset) // stride + 1, count), first)
-        start = first * stride + offset
-        seen.append(slice(start, start + max((stop - first - 1) * stride + 1, 0), stride))
-        at.append(slice(first, stop))
-    return (*seen, slice(None)), (*at, slice(None))
-
-
 def _sum(parts: Iterable[jax.Array]) -> jax.Array:
     return functools.reduce(operator.add, parts)
 
@@ -628,7 +612,7 @@ def _depthwise(face: Face, a: jax.Array, b: jax.Array, spec: Spec) -> jax.Array:
     if large and math.prod(spec.kernel) > MANY_TAPS:
         sums = _tap_sums_by_parts(aligned, b, spec)
     else:
-        sums = _tap_sums(aligned, b, spec, SUMMED)
+        sums = _tap_sums(aligned, b, spec, TOGETHER)
     return sums.astype(a.dtype).reshape(*spec.kernel, 1, b.shape[-1])
 
 
@@ -637,55 +621,105 @@ def _tap_sums_by_parts(images: jax.Array, result: jax.Array, spec: Spec) -> jax.
     size = math.prod(_padded_size(spec)) * images.shape[-1] * images.dtype.itemsize
     fitting = range(max(min(CACHED // max(size, 1), len(images)), 1), 0, -1)
     examples = next(n for n in fitting if len(images) % n == 0)
-    padded = dataclasses.replace(
-        spec, images=_padded_size(spec), padding=((0, 0),) * len(spec.kernel)
-    )
+    inner = spec
+    if not BARRIERS_HOLD:  # there a slice at a place known late would be cut out anew for each tap
+        unpadded = ((0, 0),) * len(spec.kernel)
+        inner = dataclasses.replace(spec, images=_padded_size(spec), padding=unpadded)
 
     def add(total: jax.Array, start: Any) -> tuple[jax.Array, None]:
         part, seen = (lax.dynamic_slice_in_dim(x, start, examples) for x in (images, result))
-        part, seen = lax.optimization_barrier((_padded(part, spec), seen))
-        return total + _tap_sums(part, seen, padded, 2 * SUMMED), None
+        part = part if BARRIERS_HOLD else _padded(part, spec)
+        return total + _tap_sums(part, seen, inner, TOGETHER + 1), None
 
     accurate = jnp.promote_types(images.dtype, jnp.float32)
     zeros = jnp.zeros((math.prod(spec.kernel), result.shape[-1]), accurate)
     return lax.scan(add, zeros, np.arange(0, len(images), examples))[0]
 
 
-def _tap_sums(images: jax.Array, result: jax.Array, spec: Spec, summed: int) -> jax.Array:
+def _tap_sums(images: jax.Array, result: jax.Array, spec: Spec, together: int) -> jax.Array:
     """The kernel gradient's rows: [taps, K], float32 at least."""
+    taps = list(spec.taps())
+    groups = -(-len(taps) // together)
+    bounds = [len(taps) * i // groups for i in range(groups + 1)]
     # One barrier for all, so that the sums run side by side.
-    taps = lax.optimization_barrier(
-        [_part_sums(images, result, tap, spec, summed) for tap in spec.taps()]
+    parts = lax.optimization_barrier(
+        [
+            part
+            for start, stop in itertools.pairwise(bounds)
+            for part in _sums_together(images, result, taps[start:stop], spec)
+        ]
     )
-    axes, accurate = range(images.ndim - 1), jnp.promote_types(images.dtype, jnp.float32)
-    rows = [_sum(jnp.sum(part, tuple(axes), accurate) for part in parts) for parts in taps]
-    return jnp.stack(rows)
+    axes = tuple(range(images.ndim - 1))
+    return jnp.stack([_sum(jnp.sum(part, axes) for part in each) for each in parts])
 
 
-def _part_sums(
-    images: jax.Array, result: jax.Array, tap: Shape, spec: Spec, summed: int
-) -> list[jax.Array]:
-    """Arrays [..., K] that sum up, over all axes but the last, to this tap's kernel gradient.
+def _sums_together(
+    images: jax.Array, result: jax.Array, taps: Sequence[Shape], spec: Spec
+) -> list[list[jax.Array]]:
+    """For each tap arrays [..., K], float32 at least, that sum up to its part of the gradient.
 
-    XLA's loop for a reduction over products takes one number after the other. A sum of a few
-    products is elementwise, so it fills vector lanes, and leaves a few arrays' worth to reduce.
+    XLA computes several results in one loop if they are one reduction of several arrays. The loop
+    for what is reduced lies inside that over the channels; unrolled, it leaves a loop that LLVM can
+    fill vectors with.
     """
-    seen, at = _overlap(tap, spec)
-    products = (images[seen], result[at])
-    shape = products[1].shape
-    known = range(
-        0 if isinstance(shape[0], int) else 1, len(shape) - 1
-    )  # `jax.export` leaves b open
-    axis = 0 if 0 in known and shape[0] >= summed else max(known, key=shape.__getitem__)
-    step = -(-shape[axis] // summed)
-    pieces = []
-    for start in range(0, shape[axis], max(step, 1)):
-        stop = min(start + step, shape[axis])
-        a, b = (lax.slice_in_dim(factor, start, stop, axis=axis) for factor in products)
-        pieces.append(a * b)
-    if len(pieces) > 1 and pieces[-1].shape != pieces[0].shape:
-        return [_sum(pieces[:-1]), pieces[-1]]
-    return [_sum(pieces)] if pieces else [jnp.zeros_like(result[:1])]
+    batch, *places, _ = result.shape
+    long = isinstance(batch, int) and batch >= SHORT  # `jax.export` may leave it open
+    axis = 0 if long else 1 + places.index(max(places))
+    size = result.shape[axis]
+    most = max(min(UNROLLED // len(taps), size), 1)
+    count = next((n for n in range(most, most // 2, -1) if size % n == 0), most)
+    whole = size // count * count
+    pieces = [_reduced(images, result, taps, spec, axis, 0, whole, count)]
+    if whole < size:
+        pieces.append(_reduced(images, result, taps, spec, axis, whole, size, size - whole))
+    return [list(parts) for parts in zip(*pieces, strict=True)]
+
+
+def _reduced(
+    images: jax.Array,
+    result: jax.Array,
+    taps: Sequence[Shape],
+    spec: Spec,
+    axis: int,
+    start: int,
+    stop: int,
+    count: int,
+) -> Sequence[jax.Array]:
+    """The taps' products, between two positions along an axis, added up `count` at a time."""
+    accurate = jnp.promote_types(images.dtype, jnp.float32)
+    seen_by = lax.slice_in_dim(result, start, stop, axis=axis).astype(accurate)
+    split = (*seen_by.shape[:axis], count, (stop - start) // count, *seen_by.shape[axis + 1 :])
+
+    def product(tap: Shape) -> jax.Array:
+        seen = _seen(images, tap, spec, axis, start, stop).astype(accurate)
+        return (seen * seen_by).reshape(split)
+
+    def add(a: Sequence[jax.Array], b: Sequence[jax.Array]) -> list[jax.Array]:
+        return [one + other for one, other in zip(a, b, strict=True)]
+
+    zeros = [np.zeros((), accurate)] * len(taps)
+    sums: Sequence[jax.Array] = lax.reduce([product(tap) for tap in taps], zeros, add, (axis,))
+    return sums
+
+
+def _seen(images: jax.Array, tap: Shape, spec: Spec, axis: int, start: int, stop: int) -> jax.Array:
+    """`_window` of `_padded`, between two positions along an axis.
+
+    Sliced first and padded then, which a loop that it is fused into reads in vectors.
+    """
+    if axis == 0:
+        images = images[start:stop]
+    slices, config = [slice(None)], [(0, 0, 0)]
+    sizes = zip(
+        tap, spec.dilation, spec.images, spec.result, spec.strides, spec.padding, strict=True
+    )
+    for i, (t, dilation, image, count, stride, (low, _)) in enumerate(sizes, 1):
+        first, rest = divmod(t * dilation - low, stride)
+        slices.append(slice(rest, None, stride))
+        begin, end = (start, stop) if i == axis else (0, count)
+        config.append((-first - begin, first + end - len(range(rest, image, stride)), 0))
+    sliced = images[(*slices, slice(None))]
+    return lax.pad(sliced, jnp.zeros((), images.dtype), [*config, (0, 0, 0)])
 
 
 def _one_channel(face: Face, a: jax.Array, b: jax.Array, spec: Spec) -> jax.Array:

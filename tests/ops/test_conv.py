@@ -308,6 +308,34 @@ def test_depthwise_kernel_gradients_of_large_arrays_go_by_parts(
     assert "while" not in jax.jit(few_taps).lower(images, cotangent).as_text()
 
 
+@pytest.mark.parametrize(
+    ("batch", "window", "strides", "reductions"),
+    [
+        (32, (3, 3), (1, 1), [(3, 16)] * 3),
+        (35, (3, 3), (2, 1), [(3, 16), (3, 3)] * 3),
+        (3, (3, 3), (1, 1), [(3, 11)] * 3),  # rows
+        (12, (2, 2), (1, 1), [(4, 12)]),
+        (64, (1, 7), (1, 2), [(3, 16), (4, 8)]),
+        (6, (1, 1), (1, 1), [(1, 6)]),
+    ],
+)
+def test_a_few_taps_of_a_depthwise_kernel_share_one_loop(batch, window, strides, reductions):
+    padding = tuple((k // 2, k // 2) for k in window)
+    spec = Spec((11, 9), window, strides, padding, (1, 1), 16)
+    images, cotangent = sample(0, batch, 11, 9, 16), sample(1, batch, *spec.result, 16)
+    made = functools.partial(algorithms.cpu, Face.KERNEL, spec=spec)
+    jaxpr = jax.make_jaxpr(made)(images, cotangent)
+    found = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "reduce":
+            (axis,) = equation.params["dimensions"]
+            found.append((len(equation.outvars), equation.invars[0].aval.shape[axis]))
+    assert found == reductions
+    wide = [np.asarray(a, np.float64) for a in (images, np.zeros((*window, 1, 16)), cotangent)]
+    *_, expected = direct(*wide, strides=strides, padding=spec.padding, dilation=(1, 1), groups=16)
+    close(jax.jit(made)(images, cotangent), expected.astype(np.float32), 2e-6)
+
+
 def test_parts_add_up_in_float32_and_take_less_memory(monkeypatch):
     spec = Spec((12, 12), (5, 5), (1, 1), ((2, 2), (2, 2)), (1, 1), 8)
     images, cotangent = (jnp.abs(sample(i, 96, 12, 12, 8)).astype(jnp.bfloat16) for i in (0, 1))
@@ -327,7 +355,7 @@ def test_parts_add_up_in_float32_and_take_less_memory(monkeypatch):
     # Once rounded to eight bits; added up in so few, 96 positive parts would be far below.
     np.testing.assert_allclose(np.asarray(made, np.float64), expected, rtol=2**-7)
     if not algorithms.BARRIERS_HOLD:
-        pytest.skip("this JAX fuses each tap's sums into their reduction, at once or by parts")
+        pytest.skip("this JAX widens both arrays as a whole, before the loop")
     sizes = [c.memory_analysis().temp_size_in_bytes for c in (at_once, by_parts)]
     assert sizes[1] < sizes[0] / 4
 
