@@ -76,7 +76,7 @@ STRIDED_COLUMNS = 128
 """At other strides it is a product for each row of taps, up to so many columns of the images; more
 cost as much to write as they save."""
 
-TOGETHER, UNROLLED, SHORT = 4, 48, 4
+TOGETHER, UNROLLED, SHORT = 5, 48, 4
 """A depthwise kernel's gradient adds up so many taps in one loop, which reads images and result
 once, and in all so many products an iteration: what LLVM unrolls. A batch of fewer than `SHORT`
 leaves little to unroll; then it is rows or columns that are added up."""
@@ -84,7 +84,7 @@ leaves little to unroll; then it is rows or columns that are added up."""
 CACHED = 1024 * 1024
 """Bytes of padded images that stay in a core's cache beside as many of a result: so many examples
 of large arrays a depthwise kernel's gradient takes at a time. All at once, each tap's sums are a
-twelfth of the images, those of 7x7 taps four times the images."""
+ninth of the images, those of 7x7 taps five times the images."""
 
 LARGE_BYTES, MANY_TAPS = 4 * CACHED, FUSED_TAPS
 """From so large images and more than so many taps on."""
@@ -612,7 +612,7 @@ def _depthwise(face: Face, a: jax.Array, b: jax.Array, spec: Spec) -> jax.Array:
     if large and math.prod(spec.kernel) > MANY_TAPS:
         sums = _tap_sums_by_parts(aligned, b, spec)
     else:
-        sums = _tap_sums(aligned, b, spec, TOGETHER)
+        sums = _tap_sums(aligned, b, spec)
     return sums.astype(a.dtype).reshape(*spec.kernel, 1, b.shape[-1])
 
 
@@ -629,17 +629,17 @@ def _tap_sums_by_parts(images: jax.Array, result: jax.Array, spec: Spec) -> jax.
     def add(total: jax.Array, start: Any) -> tuple[jax.Array, None]:
         part, seen = (lax.dynamic_slice_in_dim(x, start, examples) for x in (images, result))
         part = part if BARRIERS_HOLD else _padded(part, spec)
-        return total + _tap_sums(part, seen, inner, TOGETHER + 1), None
+        return total + _tap_sums(part, seen, inner), None
 
     accurate = jnp.promote_types(images.dtype, jnp.float32)
     zeros = jnp.zeros((math.prod(spec.kernel), result.shape[-1]), accurate)
     return lax.scan(add, zeros, np.arange(0, len(images), examples))[0]
 
 
-def _tap_sums(images: jax.Array, result: jax.Array, spec: Spec, together: int) -> jax.Array:
+def _tap_sums(images: jax.Array, result: jax.Array, spec: Spec) -> jax.Array:
     """The kernel gradient's rows: [taps, K], float32 at least."""
     taps = list(spec.taps())
-    groups = -(-len(taps) // together)
+    groups = -(-len(taps) // TOGETHER)
     bounds = [len(taps) * i // groups for i in range(groups + 1)]
     # One barrier for all, so that the sums run side by side.
     parts = lax.optimization_barrier(
