@@ -1,6 +1,6 @@
 """What makes XLA's CPU backend fast: its compile options and the process's heap.
 
-Four of the defaults cost convolutional networks on CPU a factor of two and more:
+Five of the defaults cost convolutional networks on CPU a factor of two and more:
 
 - XLA hands convolutions to YNNPACK, which takes up to twice as long as the Eigen kernels that it
   replaces, and two to four times for kernel gradients. `jit` compiles without it.
@@ -18,7 +18,12 @@ Four of the defaults cost convolutional networks on CPU a factor of two and more
 - XLA leaves oneDNN aside, which is up to twice as fast as Eigen with few channels (jax 0.12; on
   0.10 asking for it changes nothing). A program with a call of it can't be stored in the
   compilation cache, so `jit(..., often=True)` hands over the convolutions and products of large
-  programs alone: those that could hardly be stored for their several pieces either.
+  programs alone: a second or more of compilation each time a process starts, made good by some
+  thousand calls.
+- LLVM writes out the loop over 16 channels, or 24, before it fills vectors, and then fills them
+  with one channel of several pixels: elementwise code, as a normalisation's, is shuffled together
+  and takes twice as long. `limit_unrolling` has it leave such loops alone. The option counts for
+  the whole process, so that one with an accelerator, whose kernels it would change, does without.
 
 All are safe (nothing changes but rounding) and optional. What a program gets follows from its
 shapes, never from timing. `CNNLAB_CPU` in the environment chooses: `fast` is the default, `eigen`
@@ -30,8 +35,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.util
 import math
 import os
+import platform
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -55,9 +62,13 @@ Options = dict[str, bool | int | str]
 
 PIECES = "xla_multiheap_size_constraint_per_heap"
 LARGEST_PIECE = 3 * _ARENA // 4
-# The sum of the arrays that a traced training step makes, of whatever network, is eight to ten
-# times what its temporaries take: beyond this they hardly fit in one piece.
-LARGE_PROGRAM = 8 * LARGEST_PIECE
+# What the arrays that a traced program makes come to; LeNet-5's training step of 128 images is one.
+LARGE_PROGRAM = LARGEST_PIECE
+
+_EXTRA = "xla_backend_extra_options"
+MOST_UNROLLED = 12
+"""Loops of more rounds are left for LLVM's vectoriser. Fewer would hold back the sums that
+`cnnlab.ops.conv_algorithms` has unrolled."""
 
 ONEDNN: Options = {
     "xla_cpu_use_onednn": True,
@@ -115,6 +126,37 @@ def keep_heap() -> bool:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     results = [library.mallopt(*setting) for setting in _SETTINGS]  # all, whatever one says
     return all(results)
+
+
+def environment() -> dict[str, str]:
+    """Variables with which a process should start that runs JAX on this machine's CPU.
+
+    Returns:
+        `XLA_FLAGS`, or nothing where it would be of no use or do harm: processors but x86-64, an
+        accelerator's plugin that JAX may start (`JAX_PLATFORMS=cpu` says that it won't), and
+        `CNNLAB_CPU=plain`.
+    """
+    platforms = os.environ.get("JAX_PLATFORMS") or os.environ.get("JAX_PLATFORM_NAME")
+    plugins = any(importlib.util.find_spec(name) for name in ("jax_plugins", "libtpu"))
+    alone = platforms == "cpu" if platforms else not plugins
+    if choice() == "plain" or not alone or platform.machine() not in ("x86_64", "AMD64"):
+        return {}
+    return {"XLA_FLAGS": f"--{_EXTRA}=-unroll-full-max-count={MOST_UNROLLED}"}
+
+
+def limit_unrolling() -> bool:
+    """Adds the flags of `environment` to this process's, and to those of processes it starts.
+
+    Call it before JAX starts; it imports nothing heavy.
+
+    Returns:
+        Whether they are in effect: not where `environment` has none, nor where `XLA_FLAGS` has
+        options for LLVM already.
+    """
+    given, ours = os.environ.get("XLA_FLAGS", ""), environment().get("XLA_FLAGS")
+    if ours and _EXTRA not in given:
+        os.environ["XLA_FLAGS"] = f"{given} {ours}".strip()
+    return ours is not None and ours in os.environ["XLA_FLAGS"]
 
 
 def keep_programs() -> None:
@@ -260,6 +302,7 @@ def described() -> dict[str, object]:
     return {
         "cnnlab_cpu": choice(),
         "kept_heap": kept,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "compiler_options": dict(options),
         "large_programs": {name: large[name] for name in large if name not in options},
     }

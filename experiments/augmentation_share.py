@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from cnnlab import backend
 from cnnlab.sweep import Benchmark, Contender, Workload
 
 Case = dict[str, Any]
@@ -30,7 +31,6 @@ def step(case: Case, *, augmented: bool) -> Workload:
     import jax.numpy as jnp
     import numpy as np
 
-    from cnnlab import backend
     from cnnlab import config as config_lib
     from cnnlab.training import optim, run
     from cnnlab.training import step as step_lib
@@ -74,7 +74,7 @@ def without(case: Case) -> Workload:
 
 def get_experiment() -> Benchmark:
     """The ratio of steps with transforms to those without."""
-    shared = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    shared = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | backend.environment()
     return Benchmark(
         cases={title: {"transforms": list(names)} for title, names in TRANSFORMS.items()},
         contenders={

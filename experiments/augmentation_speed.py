@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from cnnlab import backend
 from cnnlab.sweep import Benchmark, Contender, Workload
 
 Case = dict[str, Any]
@@ -191,7 +192,7 @@ def get_experiment() -> Benchmark:
     return Benchmark(
         cases=cases(),
         contenders={
-            "cnnlab": Contender(ours, ("jax",), keep_heap=True),
+            "cnnlab": Contender(ours, ("jax",), backend.environment(), keep_heap=True),
             "torchvision": Contender(torchvision, ("torch", "torchvision")),
             "torchvision (PIL)": Contender(torchvision_pil, ("torchvision", "pillow")),
             "timm": Contender(timm, ("timm", "torch", "pillow")),

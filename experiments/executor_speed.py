@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from cnnlab import backend
 from cnnlab.sweep import Benchmark, Contender, Workload
 
 Case = dict[str, Any]
@@ -28,7 +29,6 @@ def updates(case: Case, *, strategy: str) -> Workload | None:
     import jax.numpy as jnp
     import numpy as np
 
-    from cnnlab import backend
     from cnnlab import config as config_lib
     from cnnlab.training import optim, run, strategies
     from cnnlab.training import step as step_lib
@@ -79,7 +79,7 @@ def updates(case: Case, *, strategy: str) -> Workload | None:
 
 def get_experiment() -> Benchmark:
     """One update of 1, 2, 4 and 8 seeds by each strategy."""
-    shared = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    shared = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | backend.environment()
     return Benchmark(
         cases={
             f"{name}, {seeds} seed{'s' * (seeds > 1)}": {"config": config, "seeds": seeds}

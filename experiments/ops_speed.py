@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from cnnlab import backend
 from cnnlab.sweep import Benchmark, Contender, Workload
 
 Case = dict[str, Any]
@@ -272,7 +273,6 @@ def with_jax(case: Case, ops: Any, *, outside: bool = False) -> Workload:
 
 def cnnlab_ops() -> Any:
     """The operations of `cnnlab.ops`."""
-    from cnnlab import backend
     from cnnlab.ops import conv, norm, pool, resize, warp
 
     def pads(case: Case) -> Any:
@@ -493,14 +493,15 @@ def pytorch(case: Case) -> Workload:
 def get_experiment() -> Benchmark:
     # XLA would otherwise take most of a GPU's memory for each process.
     shared = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    settings = shared | backend.environment()
     return Benchmark(
         cases=cases(),
         contenders={
-            "cnnlab": Contender(ours, ("jax",), shared, keep_heap=True),
+            "cnnlab": Contender(ours, ("jax",), settings, keep_heap=True),
             "plain JAX": Contender(plain, ("jax", "flax"), shared),
             "PyTorch": Contender(pytorch, ("torch",)),
             "PyTorch, kept heap": Contender(pytorch, ("torch",), keep_heap=True),
-            "cnnlab, outside": Contender(ours_outside, ("jax",), shared, keep_heap=True),
+            "cnnlab, outside": Contender(ours_outside, ("jax",), settings, keep_heap=True),
         },
         cost=cost,
         peak={"op": "product", "size": 2048},

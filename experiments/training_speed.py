@@ -46,6 +46,7 @@ from typing import Any
 
 import numpy as np
 
+from cnnlab import backend
 from cnnlab.sweep import Benchmark, Contender, Workload
 
 Case = dict[str, Any]
@@ -400,7 +401,7 @@ def product(case: Case, jit: Any) -> Workload:
 
 
 def ours(case: Case) -> Workload:
-    from cnnlab import backend, models
+    from cnnlab import models
 
     if "size" in case:
         return product(case, backend.jit)
@@ -627,6 +628,7 @@ def pytorch(case: Case) -> Workload | None:
 def get_experiment(networks: Mapping[str, Case] = NETWORKS) -> Benchmark:
     """The benchmark of these networks; see `NETWORKS`."""
     shared = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    settings = shared | backend.environment()
     # Rounding decides what a rectifier does near 0, which a sum of many gradients of either sign
     # shows, and what the sign of a small gradient is, which moves a pixel of the attack.
     special: dict[str, Case] = {
@@ -641,9 +643,9 @@ def get_experiment(networks: Mapping[str, Case] = NETWORKS) -> Benchmark:
             for what, name in WORKLOADS.items()
         },
         contenders={
-            "cnnlab": Contender(ours, ("jax", "flax"), shared, keep_heap=True),
+            "cnnlab": Contender(ours, ("jax", "flax"), settings, keep_heap=True),
             "cnnlab, oneDNN": Contender(
-                ours, ("jax", "flax"), {**shared, "CNNLAB_CPU": "onednn"}, keep_heap=True
+                ours, ("jax", "flax"), {**settings, "CNNLAB_CPU": "onednn"}, keep_heap=True
             ),
             "plain Flax": Contender(plain, ("jax", "flax"), shared),
             "PyTorch": Contender(pytorch, ("torch", "timm")),

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cnnlab import registry
+from cnnlab import backend, registry
 from cnnlab.sweep import Benchmark, Contender, Workload
 
 Case = dict[str, Any]
@@ -141,7 +141,7 @@ def work(case: Case, train: bool) -> Workload:
     import jax.numpy as jnp
     import numpy as np
 
-    from cnnlab import backend, models
+    from cnnlab import models
 
     backend.keep_programs()
     module = models.create(case["model"], num_outputs=case["classes"])
@@ -208,7 +208,7 @@ def get_experiment() -> Benchmark:
     """Every registered variant; those of one family together."""
     found = registry.plugins("models")
     order = sorted(found, key=lambda name: (found[name].module.__name__, list(found).index(name)))
-    shared = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    shared = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | backend.environment()
     return Benchmark(
         cases={name: case(name) for name in order},
         contenders={

@@ -15,6 +15,7 @@ os.environ.setdefault("CNNLAB_CACHE", str(ROOT / ".cache" / "xla-tests"))
 from cnnlab import backend
 
 backend.keep_heap()
+backend.limit_unrolling()
 
 import jax
 import pytest

@@ -1,5 +1,6 @@
 """What makes CPU fast is in effect, said, and can be left off."""
 
+import importlib.util
 import json
 import os
 import platform
@@ -112,17 +113,71 @@ def test_the_largest_array_is_found_wherever_it_is_made(function, numbers):
     assert max(backend._sizes(jaxpr)) == 4 * numbers
 
 
-PIECE = backend.LARGEST_PIECE
+UNROLLING = """
+import json, os
+from cnnlab import backend
+limited = backend.limit_unrolling()
+import sys
+assert "jax" not in sys.modules
+import jax, jax.numpy as jnp
+x, scale = jnp.ones((8, 28, 28, 16)), jnp.ones(16)
+function = jax.jit(
+    lambda x, s: jnp.maximum(x * s + s, 0), compiler_options=backend.OPTIONS["fast"]
+)
+size = len(function.lower(x, scale).compile().runtime_executable().serialize())
+print(json.dumps([limited, backend.limit_unrolling(), size, os.environ.get("XLA_FLAGS", "")]))
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="x86-64 only")
+def test_loops_over_a_few_channels_are_not_written_out():
+    others = "--xla_force_host_platform_device_count=2"
+    limited, again, size, flags = in_process(UNROLLING, JAX_PLATFORMS="cpu", XLA_FLAGS=others)
+    assert limited
+    assert again
+    assert flags == f"{others} {backend.environment()['XLA_FLAGS']}"  # added once
+    for left_alone in (
+        {"CNNLAB_CPU": "plain"},
+        {"XLA_FLAGS": "--xla_backend_extra_options=-unroll-full-max-count=99"},
+    ):
+        limited, again, longer, flags = in_process(UNROLLING, JAX_PLATFORMS="cpu", **left_alone)
+        assert not limited
+        assert not again
+        assert flags == left_alone.get("XLA_FLAGS", "")
+        assert size < longer / 2
+
+
+def test_unrolling_is_not_limited_where_an_accelerator_may_be_used(monkeypatch):
+    for variable in ("JAX_PLATFORMS", "JAX_PLATFORM_NAME", "XLA_FLAGS", backend.VARIABLE):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    flags = {"XLA_FLAGS": f"--xla_backend_extra_options=-unroll-full-max-count={MOST}"}
+    assert backend.environment() == flags
+    for plugin in ("jax_plugins", "libtpu"):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, it=plugin: name == it or None)
+        assert backend.environment() == {}
+        assert not backend.limit_unrolling()
+        assert "XLA_FLAGS" not in os.environ
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda,cpu")
+    assert backend.environment() == {}
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert backend.environment() == flags
+    monkeypatch.setattr(platform, "machine", lambda: "arm64")
+    assert backend.environment() == {}
+
+
+PIECE, MOST = backend.LARGEST_PIECE, backend.MOST_UNROLLED
 
 
 @pytest.mark.parametrize(
     ("sizes", "in_pieces", "onednn"),
     [
         ([], True, False),
-        ([PIECE] * 7, True, False),
-        ([PIECE] * 8, True, True),
-        ([PIECE + 1], False, False),
-        ([PIECE * 8], False, True),
+        ([PIECE // 8] * 7, True, False),
+        ([PIECE // 8] * 8, True, True),
+        ([PIECE], True, True),
+        ([PIECE + 1], False, True),
     ],
 )
 def test_options_follow_from_the_sizes_of_arrays(sizes, in_pieces, onednn):
@@ -133,7 +188,7 @@ def test_options_follow_from_the_sizes_of_arrays(sizes, in_pieces, onednn):
 
 
 def test_a_large_program_uses_onednn_and_no_other_does():
-    # 3.1 MiB a result: 140 of them are large together.
+    # 3.1 MiB a result: twenty of them are large together.
     images, kernel = jnp.ones((64, 28, 28, 16)), jnp.ones((3, 3, 16, 16))
 
     def function(x, times):
@@ -142,7 +197,7 @@ def test_a_large_program_uses_onednn_and_no_other_does():
         return x[0, 0, 0]
 
     small = backend.jit(lambda x: function(x, 1), often=True)
-    large = backend.jit(lambda x: function(x, 140), often=True)
+    large = backend.jit(lambda x: function(x, 20), often=True)
     texts = [each.lower(images).compile().as_text() for each in (small, large)]
     known = jax.__version_info__ >= (0, 11) and platform.machine() == "x86_64"
     assert ["onednn$" in text for text in texts] == [False, known]
@@ -184,6 +239,7 @@ def test_the_environment_chooses(choice):
     assert in_process(code, CNNLAB_CPU=choice) == {
         "cnnlab_cpu": choice,
         "kept_heap": False,
+        "xla_flags": "",
         "compiler_options": backend.OPTIONS[choice] | pieces,
         "large_programs": backend.ONEDNN if choice == "fast" else {},
     }

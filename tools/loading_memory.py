@@ -46,6 +46,7 @@ def stream(place: Path, workers: int) -> dict[str, Any]:
     from cnnlab import backend
 
     backend.keep_heap()
+    backend.limit_unrolling()
     import jax
     import numpy as np
 

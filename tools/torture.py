@@ -44,6 +44,7 @@ from cnnlab import backend
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 backend.keep_heap()
+backend.limit_unrolling()
 
 import tensorboardX.event_file_writer  # noqa: E402, F401 - before the fork
 

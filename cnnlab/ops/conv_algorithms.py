@@ -666,7 +666,7 @@ def _sums_together(
     long = isinstance(batch, int) and batch >= SHORT  # `jax.export` may leave it open
     axis = 0 if long else 1 + places.index(max(places))
     size = result.shape[axis]
-    most = max(min(UNROLLED // len(taps), size), 1)
+    most = max(min(UNROLLED // len(taps), backend.MOST_UNROLLED, size), 1)
     count = next((n for n in range(most, most // 2, -1) if size % n == 0), most)
     whole = size // count * count
     pieces = [_reduced(images, result, taps, spec, axis, 0, whole, count)]

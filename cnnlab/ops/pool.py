@@ -401,10 +401,21 @@ def _first_number(
     if count > _UNROLLED:
         number = jnp.argmax(_tiles(padded, window), axis=3).astype(dtype)
     else:
-        best, *others = _views(padded, window, strides)
-        number = jnp.zeros(pooled.shape, dtype)
-        for tap, view in enumerate(others, 1):
-            better = view > best
-            best = jnp.where(better, view, best)
-            number = jnp.where(better, dtype.type(tap), number)
+        # Neighbours first: in a chain of comparisons each waits for the one before.
+        views = _views(padded, window, strides)
+        best = [(view, jnp.full(pooled.shape, tap, dtype)) for tap, view in enumerate(views)]
+        while len(best) > 1:
+            odd = best[len(best) // 2 * 2 :]
+            pairs = zip(best[::2], best[1::2], strict=False)
+            best = [_later_if_greater(*pair) for pair in pairs] + odd
+        number = best[0][1]
     return jnp.where(jnp.isnan(pooled), dtype.type(count), number)
+
+
+def _later_if_greater(
+    first: tuple[jax.Array, jax.Array], later: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """Of two (value, number), the one with the greater value; the first if they are equal."""
+    greater = later[0] > first[0]
+    value, number = (jnp.where(greater, b, a) for a, b in zip(first, later, strict=True))
+    return value, number

@@ -34,6 +34,7 @@ class Worker:
     def __call__(self) -> None:
         """Works in a thread of its own, so that it gets on while a signal is handled."""
         backend.keep_heap()
+        backend.limit_unrolling()
         backend.keep_programs()
         self._stop, self._failed = threading.Event(), list[BaseException]()
         self._thread = threading.Thread(target=self._work)
