@@ -41,7 +41,7 @@ import os
 import platform
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -265,17 +265,18 @@ class _Sized:
         return self._chosen._cache_size() if self._chosen else 0
 
 
-def _options_for(sizes: list[int]) -> Options:
-    """Options of a program that is called often and makes arrays of these sizes in bytes."""
-    return compiler_options(
-        often=max(sizes, default=0) <= LARGEST_PIECE, large=sum(sizes) >= LARGE_PROGRAM
-    )
+def _options_for(sizes: Sequence[tuple[int, int]]) -> Options:
+    """Options of a program that is called often and makes arrays so large, so many times."""
+    largest = max((size for size, _ in sizes), default=0)
+    total = sum(size * times for size, times in sizes)
+    return compiler_options(often=largest <= LARGEST_PIECE, large=total >= LARGE_PROGRAM)
 
 
-def _sizes(jaxpr: Any) -> Iterator[int]:
-    """Bytes of each array that a traced program makes, in whatever part of it.
+def _sizes(jaxpr: Any, times: int = 1) -> Iterator[tuple[int, int]]:
+    """Bytes of each array that a traced program makes, in whatever part, and how many times.
 
-    What a loop's body makes counts once, and what a scan stacks besides.
+    What a scan's body makes counts as often as it runs, and what a scan stacks besides; of other
+    loops nobody knows how often.
     """
     import jax
 
@@ -285,13 +286,14 @@ def _sizes(jaxpr: Any) -> Iterator[int]:
             for given in jax.tree.leaves(list(equation.params.values()))
             if hasattr(inner := getattr(given, "jaxpr", given), "eqns")  # closed or open
         ]
+        scan = equation.primitive.name == "scan"
         for inner in parts:
-            yield from _sizes(inner)
-        if parts and equation.primitive.name != "scan":
+            yield from _sizes(inner, times * equation.params["length"] if scan else times)
+        if parts and not scan:
             continue  # its results are those of its parts
         for made in equation.outvars:
             width = getattr(getattr(made.aval, "dtype", None), "itemsize", 0)
-            yield width * math.prod(getattr(made.aval, "shape", ()))
+            yield width * math.prod(getattr(made.aval, "shape", ())), times
 
 
 def described() -> dict[str, object]:

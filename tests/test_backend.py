@@ -110,7 +110,7 @@ print(json.dumps([temporaries, faulting(made), faulting(whole)]))
 )
 def test_the_largest_array_is_found_wherever_it_is_made(function, numbers):
     jaxpr = jax.jit(function).trace(jnp.ones(100, jnp.float32)).jaxpr
-    assert max(backend._sizes(jaxpr)) == 4 * numbers
+    assert max(size for size, _ in backend._sizes(jaxpr)) == 4 * numbers
 
 
 UNROLLING = """
@@ -174,10 +174,11 @@ PIECE, MOST = backend.LARGEST_PIECE, backend.MOST_UNROLLED
     ("sizes", "in_pieces", "onednn"),
     [
         ([], True, False),
-        ([PIECE // 8] * 7, True, False),
-        ([PIECE // 8] * 8, True, True),
-        ([PIECE], True, True),
-        ([PIECE + 1], False, True),
+        ([(PIECE // 8, 1)] * 7, True, False),
+        ([(PIECE // 8, 1)] * 8, True, True),
+        ([(PIECE // 8, 2), (PIECE // 8, 6)], True, True),
+        ([(PIECE, 1)], True, True),
+        ([(PIECE + 1, 1)], False, True),
     ],
 )
 def test_options_follow_from_the_sizes_of_arrays(sizes, in_pieces, onednn):
@@ -210,8 +211,21 @@ def test_what_a_scan_stacks_counts():
         return jax.lax.scan(lambda c, _: (c, c + 1), x, None, 7)[1]
 
     sizes = list(backend._sizes(jax.jit(function).trace(jnp.ones(100, jnp.float32)).jaxpr))
-    assert max(sizes) == 2800
-    assert 400 in sizes
+    assert max(sizes) == (2800, 1)  # stacked
+    assert (400, 7) in sizes  # made in each round
+
+
+def test_a_loop_in_a_loop_counts_each_round():
+    def inner(c, _):
+        return c * 2, None
+
+    def outer(c, _):
+        return jax.lax.scan(inner, c, None, 5)[0], None
+
+    traced = jax.jit(lambda x: jax.lax.scan(outer, x, None, 3)[0]).trace(jnp.ones(25, jnp.float32))
+    sizes = list(backend._sizes(traced.jaxpr))
+    assert (100, 15) in sizes
+    assert all(times in (1, 3, 15) for _, times in sizes)
 
 
 def test_a_sized_program_is_traced_once_and_donates():
