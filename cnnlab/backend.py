@@ -62,13 +62,15 @@ Options = dict[str, bool | int | str]
 
 PIECES = "xla_multiheap_size_constraint_per_heap"
 LARGEST_PIECE = 3 * _ARENA // 4
-# What the arrays that a traced program makes come to; LeNet-5's training step of 128 images is one.
+# From so many bytes on, of all arrays that it makes, a program is large: LeNet-5's training step
+# of 128 images is.
 LARGE_PROGRAM = LARGEST_PIECE
 
 _EXTRA = "xla_backend_extra_options"
 MOST_UNROLLED = 12
 """Loops of more rounds are left for LLVM's vectoriser. Fewer would hold back the sums that
 `cnnlab.ops.conv_algorithms` has unrolled."""
+_UNROLLING = f"--{_EXTRA}=-unroll-full-max-count={MOST_UNROLLED}"
 
 ONEDNN: Options = {
     "xla_cpu_use_onednn": True,
@@ -141,22 +143,26 @@ def environment() -> dict[str, str]:
     alone = platforms == "cpu" if platforms else not plugins
     if choice() == "plain" or not alone or platform.machine() not in ("x86_64", "AMD64"):
         return {}
-    return {"XLA_FLAGS": f"--{_EXTRA}=-unroll-full-max-count={MOST_UNROLLED}"}
+    return {"XLA_FLAGS": _UNROLLING}
 
 
 def limit_unrolling() -> bool:
-    """Adds the flags of `environment` to this process's, and to those of processes it starts.
+    """Adds the flag of `environment` to this process's, and so to those of processes it starts.
 
-    Call it before JAX starts; it imports nothing heavy.
+    Call it before JAX starts; it imports nothing heavy. Where `environment` has no flag it takes
+    away what this process got from one that started it, maybe on another machine of a cluster.
 
     Returns:
-        Whether they are in effect: not where `environment` has none, nor where `XLA_FLAGS` has
+        Whether the flag is in effect: not where `environment` has none, nor where `XLA_FLAGS` has
         options for LLVM already.
     """
-    given, ours = os.environ.get("XLA_FLAGS", ""), environment().get("XLA_FLAGS")
-    if ours and _EXTRA not in given:
-        os.environ["XLA_FLAGS"] = f"{given} {ours}".strip()
-    return ours is not None and ours in os.environ["XLA_FLAGS"]
+    given = os.environ.get("XLA_FLAGS", "")
+    wanted = bool(environment())
+    if wanted and _EXTRA not in given:
+        os.environ["XLA_FLAGS"] = f"{given} {_UNROLLING}".strip()
+    elif not wanted and _UNROLLING in given.split():
+        os.environ["XLA_FLAGS"] = " ".join(flag for flag in given.split() if flag != _UNROLLING)
+    return wanted and _UNROLLING in os.environ["XLA_FLAGS"].split()
 
 
 def keep_programs() -> None:

@@ -147,6 +147,19 @@ def test_loops_over_a_few_channels_are_not_written_out():
         assert size < longer / 2
 
 
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="x86-64 only")
+def test_commands_start_with_the_heap_kept_and_unrolling_limited():
+    code = """
+import json, os
+from cnnlab import backend, cli
+cli._start_jax()
+print(json.dumps(backend.described()))
+"""
+    found = in_process(code, JAX_PLATFORMS="cpu")
+    assert found["xla_flags"].endswith(f"=-unroll-full-max-count={MOST}")
+    assert found["kept_heap"] == sys.platform.startswith("linux")
+
+
 def test_unrolling_is_not_limited_where_an_accelerator_may_be_used(monkeypatch):
     for variable in ("JAX_PLATFORMS", "JAX_PLATFORM_NAME", "XLA_FLAGS", backend.VARIABLE):
         monkeypatch.delenv(variable, raising=False)
@@ -159,6 +172,11 @@ def test_unrolling_is_not_limited_where_an_accelerator_may_be_used(monkeypatch):
         assert backend.environment() == {}
         assert not backend.limit_unrolling()
         assert "XLA_FLAGS" not in os.environ
+        # A launcher hands its variables on, from a node without accelerators to one that has them.
+        with monkeypatch.context() as handed_on:
+            handed_on.setenv("XLA_FLAGS", f"--one=1 {flags['XLA_FLAGS']} --two=2")
+            assert not backend.limit_unrolling()
+            assert os.environ["XLA_FLAGS"] == "--one=1 --two=2"
     monkeypatch.setenv("JAX_PLATFORMS", "cuda,cpu")
     assert backend.environment() == {}
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
