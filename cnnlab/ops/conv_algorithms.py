@@ -532,15 +532,29 @@ def _window(padded: jax.Array, tap: Shape, spec: Spec) -> jax.Array:
     )
 
 
+def _seen(images: jax.Array, tap: Shape, spec: Spec, axis: int, start: int, stop: int) -> jax.Array:
+    """`_window` of `_padded`, between two positions along an axis.
+
+    Sliced first and padded then, which a loop that it is fused into reads in vectors.
+    """
+    if axis == 0:
+        images = images[start:stop]
+    slices, config = [slice(None)], [(0, 0, 0)]
+    sizes = zip(
+        tap, spec.dilation, spec.images, spec.result, spec.strides, spec.padding, strict=True
+    )
+    for i, (t, dilation, image, count, stride, (low, _)) in enumerate(sizes, 1):
+        first, rest = divmod(t * dilation - low, stride)
+        slices.append(slice(rest, None, stride))
+        begin, end = (start, stop) if i == axis else (0, count)
+        config.append((-first - begin, first + end - len(range(rest, image, stride)), 0))
+    sliced = images[(*slices, slice(None))]
+    return lax.pad(sliced, jnp.zeros((), images.dtype), [*config, (0, 0, 0)])
+
+
 def _shifted(images: jax.Array, tap: Shape, spec: Spec) -> jax.Array:
     """`_window` of `_padded` at stride one, in one operation."""
-    config = [(0, 0, 0)]
-    sizes = zip(tap, spec.dilation, spec.images, spec.result, spec.padding, strict=True)
-    for t, dilation, image, count, (low, _) in sizes:
-        start = t * dilation - low
-        config.append((-start, start + count - image, 0))
-    config.append((0, 0, 0))
-    return lax.pad(images, jnp.zeros((), images.dtype), config)
+    return _seen(images, tap, spec, 1, 0, spec.result[0])
 
 
 def _placed(result: jax.Array, tap: Shape, spec: Spec) -> jax.Array:
@@ -700,26 +714,6 @@ def _reduced(
     zeros = [np.zeros((), accurate)] * len(taps)
     sums: Sequence[jax.Array] = lax.reduce([product(tap) for tap in taps], zeros, add, (axis,))
     return sums
-
-
-def _seen(images: jax.Array, tap: Shape, spec: Spec, axis: int, start: int, stop: int) -> jax.Array:
-    """`_window` of `_padded`, between two positions along an axis.
-
-    Sliced first and padded then, which a loop that it is fused into reads in vectors.
-    """
-    if axis == 0:
-        images = images[start:stop]
-    slices, config = [slice(None)], [(0, 0, 0)]
-    sizes = zip(
-        tap, spec.dilation, spec.images, spec.result, spec.strides, spec.padding, strict=True
-    )
-    for i, (t, dilation, image, count, stride, (low, _)) in enumerate(sizes, 1):
-        first, rest = divmod(t * dilation - low, stride)
-        slices.append(slice(rest, None, stride))
-        begin, end = (start, stop) if i == axis else (0, count)
-        config.append((-first - begin, first + end - len(range(rest, image, stride)), 0))
-    sliced = images[(*slices, slice(None))]
-    return lax.pad(sliced, jnp.zeros((), images.dtype), [*config, (0, 0, 0)])
 
 
 def _one_channel(face: Face, a: jax.Array, b: jax.Array, spec: Spec) -> jax.Array:
