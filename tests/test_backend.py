@@ -144,7 +144,7 @@ def test_loops_over_a_few_channels_are_not_written_out():
         assert not limited
         assert not again
         assert flags == left_alone.get("XLA_FLAGS", "")
-        assert size < longer / 2
+        assert size < 0.9 * longer  # 0.27 with vectors of 512 bits, 0.8 with 256
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="x86-64 only")
