@@ -165,6 +165,13 @@ def limit_unrolling() -> bool:
     return wanted and _UNROLLING in os.environ["XLA_FLAGS"].split()
 
 
+def start() -> None:
+    """All that a process does before it works: heap, unrolling, and the compilation cache."""
+    keep_heap()
+    limit_unrolling()
+    keep_programs()
+
+
 def keep_programs() -> None:
     """Turns on the compilation cache, so that a second process starts in seconds.
 

@@ -513,9 +513,7 @@ def _start_jax() -> None:
     """Makes JAX fast, and turns on the compilation cache: a second process starts in seconds."""
     from cnnlab import backend
 
-    backend.keep_heap()
-    backend.limit_unrolling()
-    backend.keep_programs()
+    backend.start()
 
 
 def _join(options: argparse.Namespace) -> None:

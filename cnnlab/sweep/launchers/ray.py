@@ -95,9 +95,7 @@ def launch(
 
 def _worker(task: Work, cohort: str, part: int, parts: int) -> None:
     """What a task does, in a process of the cluster."""
-    backend.keep_heap()
-    backend.limit_unrolling()
-    backend.keep_programs()
+    backend.start()
     work(task, index=part, of=parts, cohort=cohort)
 
 

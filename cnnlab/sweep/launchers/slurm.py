@@ -33,9 +33,7 @@ class Worker:
 
     def __call__(self) -> None:
         """Works in a thread of its own, so that it gets on while a signal is handled."""
-        backend.keep_heap()
-        backend.limit_unrolling()
-        backend.keep_programs()
+        backend.start()
         self._stop, self._failed = threading.Event(), list[BaseException]()
         self._thread = threading.Thread(target=self._work)
         # Of scancel, and of a cluster that requeues by itself: submitit would let it pass.
