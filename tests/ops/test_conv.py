@@ -336,6 +336,18 @@ def test_a_few_taps_of_a_depthwise_kernel_share_one_loop(batch, window, strides,
     close(jax.jit(made)(images, cotangent), expected.astype(np.float32), 2e-6)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_taps_of_narrow_images_add_up_in_float32(dtype):
+    spec = Spec((11, 9), (3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), 16)
+    images, cotangent = (jnp.ones((37, 11, 9, 16), dtype) for _ in range(2))
+    made = jax.make_jaxpr(functools.partial(algorithms.cpu, Face.KERNEL, spec=spec))
+    jaxpr = made(images, cotangent)
+    sums = [e for e in jaxpr.eqns if e.primitive.name in ("reduce", "reduce_sum")]
+    assert len(sums) > 9
+    assert {operand.aval.dtype for e in sums for operand in e.invars} == {jnp.dtype(jnp.float32)}
+    assert jaxpr.out_avals[0].dtype == dtype
+
+
 def test_parts_add_up_in_float32_and_take_less_memory(monkeypatch):
     spec = Spec((12, 12), (5, 5), (1, 1), ((2, 2), (2, 2)), (1, 1), 8)
     images, cotangent = (jnp.abs(sample(i, 96, 12, 12, 8)).astype(jnp.bfloat16) for i in (0, 1))
